@@ -1,0 +1,30 @@
+"""Tasks, rows, token ids, batches, losses and metrics: everything between a data file and a forward pass."""
+
+from .collate import Collator
+from .custom import custom_task, parse_words
+from .dataset import TaskDataset
+from .encode import Encoder, Item
+from .metrics import score
+from .objective import choose, losses, positions_to_keep
+from .source import hold_out, load_rows, sample
+from .task import Row, Task, load_task, task_names
+
+__all__ = [
+    "Collator",
+    "Encoder",
+    "Item",
+    "Row",
+    "Task",
+    "TaskDataset",
+    "choose",
+    "custom_task",
+    "hold_out",
+    "load_rows",
+    "load_task",
+    "losses",
+    "parse_words",
+    "positions_to_keep",
+    "sample",
+    "score",
+    "task_names",
+]

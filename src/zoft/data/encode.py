@@ -1,0 +1,117 @@
+"""From a row to token ids."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from transformers import PreTrainedTokenizerBase
+
+from zoft.errors import UserError
+
+from .task import Kind, Row, Task, join
+
+
+@dataclass(frozen=True)
+class Item:
+    """One example in token ids: a prompt, and what may follow it."""
+
+    index: int
+    """The example's row number in its data set."""
+    prompt: list[int]
+    candidates: list[list[int]]
+    """The continuations to choose from; for generation, the one to learn."""
+    gold: int
+    """Index of the right candidate."""
+    truncated: bool
+    kind: Kind
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the longest candidate."""
+        return len(self.prompt) + max(map(len, self.candidates))
+
+
+class Encoder:
+    """Encodes the rows of a task for a tokenizer.
+
+    Prompt and candidate together are the tokens of their joined text, after the beginning-of-sequence token of
+    a tokenizer that adds one. `shots` are rows shown with their answers before the prompt. An answer to generate
+    ends in the end-of-sequence token (without one, in the task's stop), so that the model learns to stop.
+
+    A prompt with its longest candidate has at most `max_length` tokens (to generate takes `task.max_new_tokens`
+    beyond the prompt, for which the caller leaves room): what is longer loses its shots, the first of them first,
+    then the end of its passage, as a shot is worth less than the row's own text. Raises UserError where that is
+    not enough, and for label words that the tokenizer does not tell apart.
+
+    words: the label words' ids, in the order of `task.words` (empty for other kinds).
+    single_token: whether each of them is one token.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, shots: Sequence[Row] = ()
+    ) -> None:
+        self.task = task
+        self.max_length = max_length
+        self._tokenizer = tokenizer
+        bos = tokenizer.bos_token_id
+        self._start = [bos] if bos is not None and bos in tokenizer("").input_ids else []
+        eos = tokenizer.eos_token_id
+        self._end: list[int] = []
+        if task.kind == "generation":
+            self._end = [eos] if eos is not None else self._ids(task.stop or "\n")
+        self._shots = [self._shown(row) + "\n\n" for row in shots]
+        # The template stands for every prompt: a word's tokens depend on no more than the prompt's last character.
+        self.words = self._split(task.prompt, list(task.words.values()))[1] if task.words else []
+        self.single_token = bool(self.words) and all(len(word) == 1 for word in self.words)
+        if len(set(map(tuple, self.words))) < len(self.words):
+            raise UserError(f"the tokenizer does not tell apart the words {', '.join(task.words.values())}")
+
+    def __call__(self, row: Row, index: int = 0) -> Item:
+        """The example of a row, as `Task.read` gave it."""
+        for first in range(len(self._shots) + 1):
+            item = self._item(row, index, "".join(self._shots[first:]), truncated=first > 0)
+            if item.length <= self.max_length:
+                return item
+        return self._cut(row, index)
+
+    def _cut(self, row: Row, index: int) -> Item:
+        """The example with as much of its passage as there is room for."""
+        column = self.task.passage
+        text = row[column] if column else ""
+
+        def item(kept: int) -> Item:
+            return self._item({**row, column: text[:kept]} if column else row, index, "", truncated=True)
+
+        kept = bisect_right(range(len(text)), self.max_length, key=lambda kept: item(kept).length) - 1
+        if kept < 0:
+            what = f"even without its {column}" if column else "none of which may be cut"
+            raise UserError(
+                f"row {index}: prompt and answer have {item(0).length} tokens, {what}, but only {self.max_length} "
+                "fit; raise --max-length or leave the row out"
+            )
+        return item(kept)
+
+    def _item(self, row: Row, index: int, context: str, truncated: bool) -> Item:
+        text = context + self.task.prompt.format_map(row)
+        if self.words:
+            prompt, candidates = self._ids(text), self.words
+        else:
+            prompt, candidates = self._split(text, self.task.choices(row))
+        prompt = self._start + prompt
+        if not prompt:
+            raise UserError(f"row {index}: the prompt is empty")
+        return Item(index, prompt, candidates, self.task.golds(row)[0], truncated, self.task.kind)
+
+    def _split(self, prompt: str, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """The tokens of the joined texts, split where they and the prompt's own tokens part."""
+        texts = [self._ids(join(prompt, answer)) + self._end for answer in answers]
+        columns = zip(self._ids(prompt), *texts, strict=False)
+        shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+        return texts[0][:shared], [text[shared:] for text in texts]
+
+    def _shown(self, row: Row) -> str:
+        return join(self.task.prompt.format_map(row), self.task.choices(row)[self.task.golds(row)[0]])
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids

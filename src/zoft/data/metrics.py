@@ -1,0 +1,96 @@
+"""How good predictions are: each metric is the mean over examples, or one number for all, between 0 and 1."""
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+from .task import Row, Task
+
+
+def accuracy(predictions: Sequence[int], golds: Sequence[Sequence[int]]) -> float:
+    """The share of predicted indices that are among the right ones."""
+    return fmean(prediction in right for prediction, right in zip(predictions, golds, strict=True))
+
+
+def matthews(predictions: Sequence[int], golds: Sequence[Sequence[int]]) -> float:
+    """The Matthews correlation of predicted and right class, of any number; 0 where it is undefined."""
+    truths = [right[0] for right in golds]
+    count = len(truths)
+    predicted, actual = Counter(predictions), Counter(truths)
+    hits = sum(guess == truth for guess, truth in zip(predictions, truths, strict=True))
+    covariance = hits * count - sum(predicted[label] * actual[label] for label in actual)
+    spread = math.prod(count**2 - sum(n**2 for n in marginal.values()) for marginal in (predicted, actual))
+    return covariance / math.sqrt(spread) if spread else 0.0
+
+
+def f1(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
+    """SQuAD's F1 of the words of prediction and answer, with the best of each example's accepted answers."""
+    return _mean_of_best(_token_f1, predictions, answers)
+
+
+def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
+    """The share of predictions that have the same normalised words as an accepted answer."""
+    return _mean_of_best(lambda text, answer: float(_words(text) == _words(answer)), predictions, answers)
+
+
+def number_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
+    """The share of predictions whose final number is that of an accepted answer.
+
+    The final number follows "####", as in GSM8K, or else is the last one in the text.
+    """
+    return _mean_of_best(
+        lambda text, answer: float(_number(text) is not None and _number(text) == _number(answer)),
+        predictions,
+        answers,
+    )
+
+
+METRICS: dict[str, Callable[..., float]] = {
+    "accuracy": accuracy,
+    "matthews": matthews,
+    "f1": f1,
+    "exact_match": exact_match,
+    "number_match": number_match,
+}
+
+
+def score(task: Task, predictions: Sequence[int] | Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
+    """The task's metrics, the main one first, of predicted indices or generated texts for these rows.
+
+    Generated text counts up to the task's stop.
+    """
+    if task.kind == "generation":
+        texts = [str(text).split(task.stop)[0] if task.stop else str(text) for text in predictions]
+        given: tuple[Sequence, Sequence] = texts, [row["answers"] for row in rows]
+    else:
+        given = predictions, [task.golds(row) for row in rows]
+    return {name: METRICS[name](*given) for name in (task.metric, *task.also)}
+
+
+def _mean_of_best(
+    metric: Callable[[str, str], float], predictions: Sequence[str], answers: Sequence[Sequence[str]]
+) -> float:
+    pairs = zip(predictions, answers, strict=True)
+    return fmean(max(metric(text, answer) for answer in accepted) for text, accepted in pairs)
+
+
+def _words(text: str) -> list[str]:
+    """Lower case, without punctuation and articles."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return [word for word in text.split() if word not in ("a", "an", "the")]
+
+
+def _token_f1(text: str, answer: str) -> float:
+    found, wanted = _words(text), _words(answer)
+    if not found or not wanted:
+        return float(found == wanted)
+    shared = (Counter(found) & Counter(wanted)).total()
+    return 2 * shared / (len(found) + len(wanted))
+
+
+def _number(text: str) -> float | None:
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", text.rpartition("####")[2].replace(",", ""))
+    return float(numbers[-1]) if numbers else None

@@ -1,0 +1,67 @@
+"""Losses and predictions from logits: pure functions of the logits and a batch of `Collator`.
+
+A causal model's logits at a position predict the token after it. The functions take them at the last K
+positions, `logits` [N, K, V] of any floating type, for any K from `positions_to_keep` up, and compute in float32.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .collate import IGNORE
+
+Batch = Mapping[str, Tensor]
+
+
+def positions_to_keep(batch: Batch) -> int:
+    """K, the number of final positions whose logits the other functions need.
+
+    Without labels, what is predicted follows the prompt: the last position alone. With labels, the positions from
+    the one before the batch's first answer token up to the last, which predicts nothing but cannot be left out:
+    one more than the longest answer has tokens.
+    """
+    if "labels" not in batch:
+        return 1
+    answer = (batch["labels"] != IGNORE).any(0)
+    return answer.numel() - int(answer.int().argmax()) + 1
+
+
+def losses(logits: Tensor, batch: Batch) -> Tensor:
+    """The loss of each example, float32 [B].
+
+    With candidates to choose from: the cross-entropy of the right one under a softmax of their scores (see
+    `choose`). With one answer: the mean negative log-likelihood of its tokens.
+    """
+    if "targets" in batch:
+        return F.cross_entropy(_scores(logits, batch), batch["targets"], reduction="none")
+    return -_log_likelihoods(logits, batch["labels"]) / (batch["labels"] != IGNORE).sum(1)
+
+
+def choose(logits: Tensor, batch: Batch) -> Tensor:
+    """The index of the candidate with the highest score, int64 [B]; for batches with `targets`.
+
+    A label word's score is its logit; a sequence's score is its answer's log-probability, divided by its norm.
+    """
+    return _scores(logits, batch).argmax(1)
+
+
+def _scores(logits: Tensor, batch: Batch) -> Tensor:
+    """The scores of each example's candidates [B, C], -inf where an example has fewer than C."""
+    if "label_words" in batch:
+        return logits[:, -1, batch["label_words"]].float()
+    counts = batch["counts"]
+    examples = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    places = torch.arange(len(examples), device=counts.device) - (counts.cumsum(0) - counts)[examples]
+    scores = logits.new_full((len(counts), int(counts.max())), -torch.inf, dtype=torch.float32)
+    scores[examples, places] = _log_likelihoods(logits, batch["labels"]) / batch["norms"]
+    return scores
+
+
+def _log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
+    """The summed log-probability of each sequence's answer [N]."""
+    following = labels[:, 1 - logits.shape[1] :]
+    return -F.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), following, ignore_index=IGNORE, reduction="none"
+    ).sum(1)

@@ -1,0 +1,27 @@
+"""The core of zoft: subspaces, estimators, updates, and the optimizer made of them. Needs torch and numpy only."""
+
+from zoft.optim.estimator import Estimate, Probes
+from zoft.optim.layers import LinearMap, NoLinearLayers
+from zoft.optim.methods import AGZO, LOZO, LOZOM, METHODS, MeZO, ZOAct
+from zoft.optim.optimizer import ZeroOrder
+from zoft.optim.subspace import Activation, Full, RandomLowRank
+from zoft.optim.update import SGD, Adam
+
+__all__ = [
+    "AGZO",
+    "LOZO",
+    "LOZOM",
+    "METHODS",
+    "SGD",
+    "Activation",
+    "Adam",
+    "Estimate",
+    "Full",
+    "LinearMap",
+    "MeZO",
+    "NoLinearLayers",
+    "Probes",
+    "RandomLowRank",
+    "ZOAct",
+    "ZeroOrder",
+]

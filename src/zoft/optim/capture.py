@@ -1,0 +1,134 @@
+"""From activations to bases, inside the forward pass.
+
+The gradient of a linear layer is ``Q H^T``: its rows lie in the span of the layer's input activations H
+(AGZO, arXiv 2601.17261, section 3). A hook sees each input once, takes its leading directions, and lets it go,
+so memory does not grow with the number of layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from zoft.optim.layers import LinearMap
+
+T = TypeVar("T")
+
+ROWS = 8192  # activation rows converted to float32 at a time
+
+
+class Basis(NamedTuple):
+    """Orthonormal `vectors` float32 [d_in, r] and their singular values `sigma` float32 [r]."""
+
+    vectors: Tensor
+    sigma: Tensor
+
+
+def leading_basis(rows: Tensor, omega: Tensor, power_steps: int | None) -> Basis:
+    """Leading left singular vectors of ``H = rows^T``, where `rows` is [T, d_in] in any floating dtype.
+
+    Randomised power iteration (AGZO, algorithm 1): ``Q = qr(H omega)``, then `power_steps` times
+    ``Q = qr(H (H^T Q))``, with `omega` float32 [T, r]; the rank is at most min(T, d_in). ``power_steps=None``
+    takes the exact singular value decomposition instead. Products are taken in float32, `ROWS` rows at a time.
+    """
+    rank = min(omega.shape[1], *rows.shape)
+    if power_steps is None:
+        _, sigma, vectors = torch.linalg.svd(rows.float(), full_matrices=False)
+        return Basis(vectors[:rank].t().contiguous(), sigma[:rank])
+    product = _sum(part.t() @ omega[start : start + len(part), :rank] for start, part in _float_parts(rows))
+    q, triangle = torch.linalg.qr(product)
+    for _ in range(power_steps):
+        q, triangle = torch.linalg.qr(_sum(part.t() @ (part @ q) for _, part in _float_parts(rows)))
+    sigma = triangle.diagonal().abs()  # of H omega for no step at all, of H H^T = sigma^2 after some
+    return Basis(q, sigma.sqrt() if power_steps else sigma)
+
+
+def _float_parts(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    return ((start, rows[start : start + ROWS].float()) for start in range(0, len(rows), ROWS))
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
+
+
+def merge(first: Basis, second: Basis) -> Basis:
+    """Leading directions of two sets of activations together, from the bases of each (as if stacked)."""
+    rank = max(first.vectors.shape[1], second.vectors.shape[1])
+    weighted = torch.cat((first.vectors * first.sigma, second.vectors * second.sigma), dim=1)
+    u, sigma, _ = torch.linalg.svd(weighted, full_matrices=False)
+    return Basis(u[:, :rank].contiguous(), sigma[:rank])
+
+
+class OfLastInput(Generic[T]):
+    """Remembers one function value per input tensor: q, k and v are called with the same one, gate and up too."""
+
+    def __init__(self) -> None:
+        self._input: Callable[[], Tensor | None] = lambda: None
+        self._value: T | None = None
+
+    def get(self, x: Tensor, compute: Callable[[], T]) -> T:
+        if self._input() is not x or self._value is None:
+            self._input, self._value = weakref.ref(x), compute()
+        return self._value
+
+
+class Padding:
+    """Knows which rows of an activation are padding, from the ``attention_mask`` the model was called with.
+
+    The mask is read from the root module's keyword arguments, as [batch, tokens], zero at padding. Activations
+    of another leading shape (tokens already selected, routed or flattened differently) are taken whole.
+    """
+
+    def __init__(self) -> None:
+        self._shape: torch.Size | None = None
+        self._kept: Tensor | None = None
+
+    def see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self._shape = self._kept = None
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.bool().all()):
+            self._shape, self._kept = mask.shape, mask.reshape(-1).nonzero().squeeze(1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`x` [..., d] as [rows, d] without padding."""
+        flat = x.detach().reshape(-1, x.shape[-1])
+        if self._shape is None or self._kept is None:
+            return flat
+        same = x.shape[:-1] == self._shape or (x.dim() == 2 and len(x) == self._shape.numel())
+        return flat.index_select(0, self._kept.to(x.device)) if same else flat
+
+
+@contextmanager
+def captured(
+    model: nn.Module, maps: Sequence[LinearMap], extract: Callable[[LinearMap, Tensor], Basis]
+) -> Iterator[dict[str, Basis]]:
+    """While open, a forward of `model` fills the yielded dictionary with the basis of each map that was used.
+
+    `extract` gets a map and its input rows [T, d_in]; maps called with the same tensor share one result, and
+    several calls of one map are merged.
+    """
+    bases: dict[str, Basis] = {}
+    padding, last = Padding(), OfLastInput[Basis]()
+
+    def hook(layer: LinearMap) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if x.numel():  # an expert may be called with no token at all
+                basis = last.get(x, lambda: extract(layer, padding.rows(x)))
+                seen = bases.get(layer.name)
+                bases[layer.name] = basis if seen is None else merge(seen, basis)
+
+        return see
+
+    with ExitStack() as handles:
+        handles.callback(model.register_forward_pre_hook(padding.see, with_kwargs=True).remove)
+        for layer in maps:
+            for module in layer.modules:
+                handles.callback(module.register_forward_pre_hook(hook(layer)).remove)
+        yield bases

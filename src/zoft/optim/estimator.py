@@ -1,0 +1,96 @@
+"""Second axis: where does the left factor of each layer's estimate come from?
+
+An estimator looks at the loss through a `Landscape` (forward passes only) and adds to an `Estimate`. Probes draw
+the left factor at random and weigh it with a finite difference; an estimator that computes it fills
+`Estimate.factors` itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from zoft.optim.landscape import Landscape
+from zoft.optim.noise import Key
+from zoft.optim.probe import Direction
+
+
+@dataclass
+class Estimate:
+    """A gradient estimate: ``C A^T`` for each linear map, and ``sum of c z`` for the dense parameters.
+
+    `factors` holds C, float32 [d_out, r], by map name; `dense` the noise streams z with their c. After `merge`,
+    both are sums over `count` batches, and the gradient estimate is their mean.
+    """
+
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    dense: list[tuple[Key, float]] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, direction: Direction, coefficient: float) -> None:
+        """Add ``coefficient * direction``."""
+        for name, factor in direction.factors.items():
+            self.add_factor(name, factor * coefficient)
+        self.dense.append((direction.key, coefficient))
+
+    def merge(self, other: Estimate) -> None:
+        """Add `other` as one more estimate."""
+        for name, factor in other.factors.items():
+            self.add_factor(name, factor)
+        self.dense.extend(other.dense)
+        self.count += 1
+
+    def add_factor(self, name: str, factor: Tensor) -> None:
+        """Add `factor` [d_out, r] to the left factor of map `name`."""
+        self.factors[name] = self.factors[name] + factor if name in self.factors else factor
+
+
+class Estimator(Protocol):
+    def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
+        """Add this batch's gradient estimate to `estimate`; return its loss and the projected gradients."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Finite differences along `count` random directions, averaged.
+
+    One-sided: ``g = (f(+eps) - f(0)) / eps``, 1 + count forwards, bias linear in eps. Two-sided:
+    ``g = (f(+eps) - f(-eps)) / (2 eps)``, 2 count forwards (one more when a basis must be renewed from a clean
+    pass), bias quadratic in eps. The estimate of one direction D is ``g D / scale``.
+
+    A probe whose losses are not finite adds nothing; its projected gradient is returned as it is.
+    """
+
+    count: int = 1
+    two_sided: bool = False
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"the number of probes must be at least 1, not {self.count}")
+
+    def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
+        eps = landscape.eps
+        centre = landscape.clean() if landscape.needs_clean or not self.two_sided else None
+        losses, gradients = [], []
+        for _ in range(self.count):
+            direction = landscape.draw()
+            plus = landscape.at(direction, eps)
+            if self.two_sided:
+                minus = landscape.at(direction, -eps)
+                gradient = (plus - minus) / (2 * eps)
+                losses.append((plus + minus) / 2)
+            else:
+                assert centre is not None
+                gradient = (plus - centre) / eps
+            gradients.append(gradient)
+            if math.isfinite(gradient):
+                estimate.add(direction, gradient / (self.count * self.scale))
+        return (centre if centre is not None else sum(losses) / len(losses)), gradients
+
+    def __str__(self) -> str:
+        sides = "two-sided" if self.two_sided else "one-sided"
+        return f"{sides}, {self.count} probe{'s' if self.count > 1 else ''}"

@@ -1,0 +1,153 @@
+"""What in a model is a linear map, which way its weight lies, and what else can be trained."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+
+class NoLinearLayers(ValueError):
+    """The model has no linear layer to train; the message lists the modules it does have."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """One linear map ``y = x W^T`` of the model, wherever and however often it is applied.
+
+    `modules` apply it to activations; `lookups` are embeddings that share its weight (or are the map
+    themselves) and read its rows. `weight` is None where it is not a plain floating-point tensor
+    (a quantized layer): such a map can carry a side branch but cannot be written to. `transposed` says that the
+    weight is stored as ``[d_in, d_out]`` (GPT-2's ``Conv1D``) instead of ``[d_out, d_in]``.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    lookups: tuple[nn.Embedding, ...]
+    weight: Tensor | None
+    transposed: bool
+    d_in: int
+    d_out: int
+
+    @property
+    def device(self) -> torch.device:
+        module = (*self.modules, *self.lookups)[0]
+        return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def find_linear_maps(
+    model: nn.Module,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    linear: Sequence[str] = (),
+    embeddings: bool = False,
+) -> list[LinearMap]:
+    """The linear maps of `model` that may be trained, in the model's order, each weight once.
+
+    A module counts if it is an ``nn.Linear``, a transformers ``Conv1D``, or if its name matches a pattern of
+    `linear` and it has ``in_features`` and ``out_features`` or a two-dimensional ``[d_out, d_in]`` weight.
+    `include` and `exclude` are shell-style patterns on module names (``"*.q_proj"``). Frozen weights
+    (``requires_grad=False``) are left out, quantized ones, which cannot require a gradient, are not. A weight
+    shared with an embedding is a map only with `embeddings`, and then every embedding is one: its gradient
+    has no activation basis.
+
+    Raises:
+        NoLinearLayers: nothing is left to train.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    owners: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in names:
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and (_is_linear(module, names[module], linear) or _is_lookup(module)):
+            owners[id(weight)].append(module)
+
+    maps = []
+    for sharing in owners.values():
+        lookups = tuple(m for m in sharing if isinstance(m, nn.Embedding))
+        modules = tuple(m for m in sharing if not isinstance(m, nn.Embedding))
+        first = sharing[0]
+        name, weight = names[first], first.weight
+        assert isinstance(weight, Tensor)
+        if (lookups and not embeddings) or _is_frozen(weight) or not selected(name, include, exclude):
+            continue
+        transposed = _is_conv1d(first)
+        d_out, d_in = _shape(first, name)
+        plain = _is_plain(weight) and weight.shape == ((d_in, d_out) if transposed else (d_out, d_in))
+        maps.append(LinearMap(name, modules, lookups, weight if plain else None, transposed, d_in, d_out))
+    if not maps:
+        kinds = Counter(type(m).__name__ for m in names if not any(True for _ in m.children()))
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "no module at all"
+        raise NoLinearLayers(
+            f"no trainable linear layer in {type(model).__name__} (found: {found}). Check include/exclude and "
+            "requires_grad, or name modules that map x to y with linear=[...]"
+        )
+    return maps
+
+
+def other_parameters(
+    model: nn.Module,
+    maps: Sequence[LinearMap],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> dict[str, nn.Parameter]:
+    """Trainable floating-point parameters that belong to none of `maps`: norms, biases, embeddings."""
+    taken = {id(layer.weight) for layer in maps}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if id(p) not in taken and _is_plain(p) and p.requires_grad and selected(name, include, exclude)
+    }
+
+
+def owners_of(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Modules that hold some of `parameters` directly, with the names of those; tied ones appear in each."""
+    name_of = {id(p): name for name, p in parameters.items()}
+    for module in model.modules():
+        names = [name_of[id(p)] for p in module._parameters.values() if id(p) in name_of]
+        if names:
+            yield module, names
+
+
+def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether `name` matches `include` (all, if empty) and no pattern of `exclude`."""
+    wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
+    return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # transformers.pytorch_utils.Conv1D, told by its shape: the core does not import transformers.
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _is_linear(module: nn.Module, name: str, patterns: Sequence[str]) -> bool:
+    named = any(fnmatchcase(name, pattern) for pattern in patterns)
+    return isinstance(module, nn.Linear) or _is_conv1d(module) or named
+
+
+def _is_lookup(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) is nn.Parameter and weight.is_floating_point()
+
+
+def _is_frozen(weight: Tensor) -> bool:
+    return _is_plain(weight) and not weight.requires_grad
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, int]:
+    features = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if None not in features:
+        return features  # type: ignore[return-value]
+    weight = module.weight
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(f"module {name!r} has neither in_features/out_features nor a two-dimensional weight")
+    d_out, d_in = weight.shape
+    return (d_in, d_out) if _is_conv1d(module) else (d_out, d_in)

@@ -1,0 +1,336 @@
+"""The optimizer: a subspace, an estimator and an update, behind the interface of ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zoft.optim.capture import captured
+from zoft.optim.estimator import Estimate, Estimator, Probes
+from zoft.optim.landscape import Closure, Landscape
+from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
+from zoft.optim.probe import SideBranches
+from zoft.optim.subspace import Activation, Full, RandomLowRank, Subspace, change_of_basis
+from zoft.optim.update import SGD, State, Update
+from zoft.optim.write import add_dense_, add_low_rank_, add_noise_
+
+
+@dataclass
+class Counters:
+    """What has happened so far. `skipped` estimates had a loss that was not finite, `zero` ones saw no change."""
+
+    steps: int = 0
+    forwards: int = 0
+    skipped: int = 0
+    zero: int = 0
+
+
+class ZeroOrder(torch.optim.Optimizer):
+    """Zeroth-order optimizer: a point on the three axes *subspace*, *estimator*, *update*.
+
+    The published methods are presets of it (``zoft.AGZO``, ``zoft.MeZO``, ...); compose it yourself for hybrids::
+
+        optimizer = zoft.ZeroOrder(model, lr=1e-4, subspace=Activation(rank=1, renew_every=50),
+                                   estimator=Probes(two_sided=True), update=SGD(momentum=0.9))
+        loss = optimizer.step(lambda: model(**batch).loss)
+
+    A closure runs the model forward once and returns its mean loss, or one loss per example (shape [batch]). It is
+    called under ``torch.no_grad``, several times per step, each time with the same global random state (one
+    dropout mask), which ends up as if it had been called once. No parameter or buffer is changed by `estimate`.
+
+    Args:
+        model: any module; padding is recognised from the ``attention_mask`` keyword of its forward.
+        lr: learning rate, at least 0.
+        eps: distance of a probe from the centre (the papers' mu or epsilon), above 0.
+        subspace, estimator, update: the axes.
+        others: ``"frozen"``, or ``"gaussian"`` to perturb with dense noise whatever has no basis (norms, biases,
+            embeddings), as AGZO's paper does. `Full` perturbs every parameter anyway.
+        weight_decay: decoupled, on written weights (and on coefficients, where those are trained).
+        seed: names all noise; runs with equal seeds draw equal directions.
+        include, exclude: shell-style patterns on module or parameter names.
+        linear: patterns that name further modules to be treated as linear maps.
+
+    Raises:
+        ValueError: an argument is out of its range, or the axes do not fit together.
+        NoLinearLayers: there is nothing to train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        eps: float = 1e-3,
+        subspace: Subspace,
+        estimator: Estimator | None = None,
+        update: Update | None = None,
+        others: Literal["frozen", "gaussian"] = "frozen",
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        linear: Sequence[str] = (),
+    ) -> None:
+        self.subspace, self.estimator, self.update = subspace, estimator or Probes(), update or SGD()
+        self.model, self.others, self.seed = model, others, seed
+        _check(lr, eps, weight_decay, others, subspace, self.update)
+
+        self.maps: list[LinearMap] = []
+        self.dense: dict[str, nn.Parameter] = {}
+        if not isinstance(subspace, Full):
+            self.maps = find_linear_maps(
+                model, include=include, exclude=exclude, linear=linear, embeddings=subspace.embeddings
+            )
+        if isinstance(subspace, Full) or others == "gaussian":
+            self.dense = other_parameters(model, self.maps, include=include, exclude=exclude)
+        unwritable = [m.name for m in self.maps if m.weight is None]
+        if unwritable and not self.keeps_coefficients:
+            raise ValueError(
+                f"layer {unwritable[0]!r} (and {len(unwritable) - 1} more) has a quantized weight, which cannot be "
+                "written: train coefficients instead (ZOAct), or exclude it"
+            )
+        weights = [m.weight for m in self.maps if m.weight is not None]
+        parameters = [*weights, *self.dense.values()]
+        if self.keeps_coefficients and not parameters:  # all quantized; torch wants something in its groups
+            parameters = [*model.parameters()]
+        if not parameters:
+            raise ValueError(f"{type(model).__name__} has no parameter to train")
+        super().__init__(parameters, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+
+        self.branches = SideBranches(self.maps)
+        self.coefficients: dict[str, Tensor] = {}
+        if self.keeps_coefficients:
+            self.branches.factors = self.coefficients
+            self.branches.attach()
+        self.counters = Counters()
+        self.loss, self.projected_gradients = math.nan, []  # type: float, list[float]
+        self._states: dict[str, State] = {}
+        self._renewed_at = -1  # step of the last renewal
+        self._drawn = 0  # directions drawn in this step
+        self._estimate: Estimate | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def keeps_coefficients(self) -> bool:
+        """Whether updates are summed as coefficients C beside frozen weights, instead of written into them."""
+        return self.update.into == "coefficients"
+
+    @property
+    def bases(self) -> dict[str, Tensor]:
+        """The basis A, float32 [d_in, r], of each linear map by name."""
+        return self.branches.bases
+
+    # --- estimate and step ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def estimate(self, closure: Closure) -> Tensor:
+        """Estimate the gradient on the closure's batch and add it to those not stepped on yet; return the loss.
+
+        What ``loss.backward()`` is to a first-order optimizer. Several calls before one `step` are averaged; they
+        share the bases of the first, and each draws directions of its own.
+        """
+        subspace, key = self.subspace, (self.seed, self.counters.steps)
+        if self._due and isinstance(subspace, RandomLowRank):
+            self.set_bases(subspace.draw(self.maps, key))
+        extract = None
+        if self._due and isinstance(subspace, Activation):
+            extract = partial(subspace.extract, key=key)
+        landscape = Landscape(
+            self.model,
+            closure,
+            self.param_groups[0]["eps"],
+            self.branches,
+            self.dense,
+            key,
+            self._drawn,
+            extract,
+            self.set_bases,
+        )
+        found = Estimate()
+        self.loss, self.projected_gradients = self.estimator(landscape, found)
+        self.counters.forwards += landscape.forwards
+        self._drawn = landscape.drawn
+        if landscape.unused:
+            self._warn(
+                "unused",
+                f"{len(landscape.unused)} parameters are not read through their own module and stay "
+                f"still, for instance {min(landscape.unused)}",
+            )
+        total = self._estimate = self._estimate or Estimate()
+        finite = [g for g in self.projected_gradients if math.isfinite(g)]
+        if self.projected_gradients and not finite:
+            self.counters.skipped += 1
+            self._warn("skipped", "the loss is not finite; the estimate was skipped. Try a smaller lr or eps")
+        elif finite and not any(finite):
+            self.counters.zero += 1
+            self._warn("zero", "the loss did not change under the perturbation; try a larger eps")
+        else:
+            total.merge(found)
+        return torch.tensor(self.loss)
+
+    @torch.no_grad()
+    def calibrate(self, *closures: Closure) -> None:
+        """Take the bases from the activations of all these batches together, one forward each, and keep them.
+
+        Without it, the first estimate that finds the bases due takes them from its own batch.
+
+        Raises:
+            ValueError: the subspace does not come from activations.
+        """
+        if not isinstance(self.subspace, Activation):
+            raise ValueError(f"{type(self).__name__} takes no basis from activations")
+        extract = partial(self.subspace.extract, key=(self.seed, self.counters.steps))
+        with captured(self.model, self.maps, extract) as bases:
+            for closure in closures:
+                closure()
+        self.counters.forwards += len(closures)
+        self.set_bases({name: basis.vectors for name, basis in bases.items()})
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
+        """Estimate, if a `closure` is given, and move along the mean of the estimates since the last step.
+
+        Returns the loss that the closure gave at the centre (two-sided probes: the mean over both sides).
+
+        Raises:
+            RuntimeError: there is neither a closure nor an estimate.
+        """
+        loss = None if closure is None else self.estimate(closure)
+        if self._estimate is None:
+            raise RuntimeError("nothing to step on: call estimate(closure) first, or step(closure)")
+        if self._estimate.count:
+            self._apply(self._estimate)
+        self._estimate, self._drawn = None, 0
+        self.counters.steps += 1
+        return loss
+
+    def _apply(self, estimate: Estimate) -> None:
+        (group,) = self.param_groups
+        lr, decay = group["lr"], 1 - group["lr"] * group["weight_decay"]
+        for layer in self.maps:
+            if layer.name not in estimate.factors:
+                continue
+            move = self._move(layer.name, estimate.factors[layer.name] / estimate.count)
+            if self.keeps_coefficients:
+                self.coefficients[layer.name].mul_(decay).sub_(move, alpha=lr)
+                continue
+            weight, basis = layer.weight, self.bases[layer.name]
+            assert weight is not None
+            if decay != 1:
+                weight.mul_(decay)
+            left, right = (basis, move * -lr) if layer.transposed else (move * -lr, basis)
+            add_low_rank_(weight, left, right, self._rounding_key(layer.name))
+        for name, parameter in self.dense.items():
+            if decay != 1 and parameter.dim() > 1:
+                parameter.mul_(decay)
+            terms = [((*key, name), c / estimate.count) for key, c in estimate.dense]
+            if self.update.stateless:
+                add_noise_(parameter, [(key, -lr * c) for key, c in terms], self._rounding_key(name))
+            else:
+                gradient = torch.zeros_like(parameter, dtype=torch.float32)
+                add_noise_(gradient, terms, ())
+                add_dense_(parameter, self._move(name, gradient) * -lr, self._rounding_key(name))
+
+    def _move(self, name: str, gradient: Tensor) -> Tensor:
+        return self.update(gradient, self._states.setdefault(name, {}))
+
+    def _rounding_key(self, name: str) -> tuple[int | str, ...]:
+        return (self.seed, self.counters.steps, "rounding", name)
+
+    # --- bases ---------------------------------------------------------------------------------------------
+
+    @property
+    def _due(self) -> bool:
+        step = self.counters.steps
+        return not isinstance(self.subspace, Full) and self._renewed_at != step and self.subspace.due(step)
+
+    def set_bases(self, bases: dict[str, Tensor]) -> None:
+        """Move in these bases (float32 [d_in, r], by map name) from now on; maps without one stay still."""
+        for name, new in bases.items():
+            state, old = self._states.get(name), self.bases.get(name)
+            if state and old is not None:
+                self.update.transport(state, change_of_basis(old, new))
+        self.bases.update(bases)
+        self.branches.active = [m for m in self.maps if m.name in bases]
+        self._renewed_at = self.counters.steps
+        if self.keeps_coefficients:
+            for m in self.branches.active:
+                rank = bases[m.name].shape[1]
+                self.coefficients[m.name] = torch.zeros(m.d_out, rank, device=bases[m.name].device)
+
+    # --- checkpoints ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that continuing needs besides the model: tensors by layer name, groups, counters, seed.
+
+        An estimate that has not been stepped on is not part of it.
+        """
+        state = {name: dict(values) for name, values in self._states.items()}
+        for kind, tensors in (("basis", self.bases), ("coefficients", self.coefficients)):
+            for name, tensor in tensors.items():
+                state.setdefault(name, {})[kind] = tensor
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        return {
+            "state": state,
+            "param_groups": groups,
+            "counters": vars(self.counters).copy(),
+            "active": [m.name for m in self.branches.active],
+            "renewed_at": self._renewed_at,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict`. Tensors keep float32 whatever the weights' dtype.
+
+        Raises:
+            ValueError: it belongs to other layers than this model's.
+        """
+        unknown = set(state_dict["state"]) - {m.name for m in self.maps} - set(self.dense)
+        if unknown or len(state_dict["param_groups"]) != len(self.param_groups):
+            raise ValueError(
+                f"this optimizer state is of another model or method (for instance {min(unknown, default='groups')})"
+            )
+        device = {m.name: m.device for m in self.maps} | {n: p.device for n, p in self.dense.items()}
+        self.bases.clear()
+        self.coefficients.clear()
+        self._states.clear()
+        for name, values in state_dict["state"].items():
+            values = {k: v.clone() if k == "steps" else v.to(device[name], copy=True) for k, v in values.items()}
+            for kind, tensors in (("basis", self.bases), ("coefficients", self.coefficients)):
+                if kind in values:
+                    tensors[name] = values.pop(kind)
+            if values:
+                self._states[name] = values
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved)
+        self.counters = Counters(**state_dict["counters"])
+        self.branches.active = [m for m in self.maps if m.name in state_dict["active"]]
+        self._renewed_at, self.seed = state_dict["renewed_at"], state_dict["seed"]
+        self._estimate, self._drawn = None, 0
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"{message} (step {self.counters.steps}; said once, counted on)", stacklevel=4)
+
+
+def _check(lr: float, eps: float, weight_decay: float, others: str, subspace: Subspace, update: Update) -> None:
+    for name, value, lowest in (("lr", lr, 0.0), ("weight_decay", weight_decay, 0.0)):
+        if not (math.isfinite(value) and value >= lowest):
+            raise ValueError(f"{name} must be a number of at least {lowest:g}, not {value}")
+    if not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"eps must be above 0, not {eps}")
+    if others not in ("frozen", "gaussian"):
+        raise ValueError(f"others must be 'frozen' or 'gaussian', not {others!r}")
+    if update.into == "coefficients":
+        if not (isinstance(subspace, Activation) and subspace.renew_every is None):
+            raise ValueError("coefficients need a basis that stays: Activation(renew_every=None)")
+        if others != "frozen":
+            raise ValueError("coefficients leave every other parameter frozen: others must be 'frozen'")

@@ -1,0 +1,66 @@
+"""Adding small updates to weights so that rounding loses nothing on average.
+
+Half-precision weights swallow updates smaller than half a unit in the last place: at ``|w|`` around .02 a bfloat16
+unit is 1.2e-4, larger than most steps of a zeroth-order method. So float16 and bfloat16 weights are rounded
+stochastically: up or down with probabilities that make the expectation exact. The dither is a Weyl sequence with a
+random start for each write, uniform at every element; it costs one integer product instead of a random draw.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoft.optim.noise import Key, normal_chunks, stream
+
+ELEMENTS = 1 << 18  # weight elements updated at a time
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's mantissa
+
+
+@torch.no_grad()
+def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor, key: Key) -> None:
+    """``weight += left right^T`` for `weight` [m, n], float32 `left` [m, r] and `right` [n, r]."""
+    if weight.dtype not in _DROPPED_BITS:
+        weight.addmm_(left.to(weight.dtype), right.t().to(weight.dtype))
+        return
+    rows = max(1, ELEMENTS // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows]
+        exact = torch.addmm(part.float(), left[start : start + rows], right.t())
+        part.copy_(_dithered(exact, weight.dtype, start * weight.shape[1], key))
+
+
+@torch.no_grad()
+def add_noise_(parameter: Tensor, terms: list[tuple[Key, float]], key: Key) -> None:
+    """``parameter += sum of c z`` over `terms` (stream of z, c), a chunk at a time."""
+    flat = parameter.view(-1)
+    streams = [normal_chunks(stream_key, flat.numel(), device=flat.device) for stream_key, _ in terms]
+    for parts in zip(*streams, strict=True):
+        where = parts[0][0]
+        exact = _exact(flat[where])
+        for (_, z), (_, coefficient) in zip(parts, terms, strict=True):
+            exact.add_(z, alpha=coefficient)
+        flat[where] = _dithered(exact, flat.dtype, where.start, key)
+
+
+@torch.no_grad()
+def add_dense_(parameter: Tensor, delta: Tensor, key: Key) -> None:
+    """``parameter += delta``, `delta` float32 of the same shape."""
+    parameter.copy_(_dithered(_exact(parameter).add_(delta), parameter.dtype, 0, key))
+
+
+def _exact(weight: Tensor) -> Tensor:
+    """A copy of `weight` in which sums are taken: float32, or float64 for a float64 weight."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+
+
+def _dithered(exact: Tensor, dtype: torch.dtype, offset: int, key: Key) -> Tensor:
+    """Float32 `exact` rounded stochastically, in place, to values of `dtype`; `offset` is its first element's index."""
+    if dtype not in _DROPPED_BITS:
+        return exact
+    low = (1 << _DROPPED_BITS[dtype]) - 1
+    start, gamma = stream(key)
+    index = torch.arange(offset, offset + exact.numel(), dtype=torch.int32, device=exact.device)
+    dither = index.mul_(gamma & low).add_(start & low).bitwise_and_(low).view(exact.shape)
+    exact.view(torch.int32).add_(dither).bitwise_and_(~low)
+    return exact
