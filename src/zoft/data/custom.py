@@ -13,10 +13,12 @@ def parse_words(text: str) -> dict[str, str]:
     for pair in text.split(","):
         label, equals, word = (part.strip() for part in pair.partition("="))
         if not (equals and label and word) or label in words:
-            raise UserError(f"label words {text!r}: {pair!r} is no pair, or a second one, like 0=terrible,1=great")
+            raise UserError(
+                f"label words {text!r}: cannot read {pair!r}; give each label once, as in 0=terrible,1=great"
+            )
         words[label] = word
     if len(words) < 2:
-        raise UserError(f"label words {text!r}: at least two are needed, such as 0=terrible,1=great")
+        raise UserError(f"label words {text!r}: give at least two, as in 0=terrible,1=great")
     return words
 
 

@@ -4,12 +4,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
 
 from .task import Kind, Row, Task, join
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, shots: Sequence[Row] = ()
+        self, tokenizer: "PreTrainedTokenizerBase", task: Task, max_length: int, shots: Sequence[Row] = ()
     ) -> None:
         self.task = task
         self.max_length = max_length
@@ -93,7 +95,7 @@ class Encoder:
         return item(kept)
 
     def _item(self, row: Row, index: int, context: str, truncated: bool) -> Item:
-        text = context + self.task.prompt.format_map(row)
+        text = context + self.task.show(row)
         if self.words:
             prompt, candidates = self._ids(text), self.words
         else:
@@ -111,7 +113,7 @@ class Encoder:
         return texts[0][:shared], [text[shared:] for text in texts]
 
     def _shown(self, row: Row) -> str:
-        return join(self.task.prompt.format_map(row), self.task.choices(row)[self.task.golds(row)[0]])
+        return join(self.task.show(row), self.task.choices(row)[self.task.golds(row)[0]])
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -3,11 +3,9 @@
 import csv
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
-
-import datasets
 
 from zoft.errors import UserError
 
@@ -88,7 +86,9 @@ def _hub_rows(task: Task, split: Split) -> Iterator[tuple[str, Row]]:
     return ((f"{path} {name} row {number}", row) for number, row in enumerate(rows))
 
 
-def _load_dataset(path: str, config: str | None, split: str) -> datasets.Dataset:
+def _load_dataset(path: str, config: str | None, split: str) -> Iterable[Row]:
+    import datasets  # here, as it takes a second that no other source of rows needs
+
     try:
         return datasets.load_dataset(path, config, split=split)
     except RuntimeError as error:
@@ -147,4 +147,5 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
                     raise UserError(f"{path}:{reader.line_num}: the row has not as many fields as the header")
                 yield f"{path}:{reader.line_num}", row
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}") from error
+            # The reader counts a line when it has parsed it.
+            raise UserError(f"{path}:{reader.line_num + 1}: broken CSV: {error}") from error

@@ -74,6 +74,10 @@ class Task:
             raise UserError(f"a column is not as task {self.name} expects it: {error}") from error
         return row
 
+    def show(self, row: Row) -> str:
+        """The prompt of a row, without a space at its end."""
+        return self.prompt.format_map(row).rstrip(" ")
+
     def choices(self, row: Row) -> list[str]:
         """The continuations to choose from; for generation, the answer to learn."""
         if self.kind == "classification":

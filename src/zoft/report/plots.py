@@ -1,0 +1,178 @@
+"""Plots: curves as inline SVG for the page, and comparisons saved to a file.
+
+matplotlib takes long to import, so only the functions that draw do it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError
+
+from .run import Record, series
+from .text import score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Stand-ins for the colours of the page, which differ in light and dark: `_inline_svg` puts its variables in their place.
+INK, MUTED, RULE, ACCENT = "#010101", "#020202", "#030303", "#040404"
+THEME = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", ACCENT: "var(--accent)"}
+
+RC = {"svg.fonttype": "none", "svg.hashsalt": "zoft", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def loss_curve(lines: list[Record]) -> str:
+    """SVG of the training loss against forwards, thin, and its running median, thick. Empty without a loss."""
+    forwards, losses = series(lines, "loss")
+    if not losses:
+        return ""
+    figure, axes = _page_figure()
+    lone = "o" if len(losses) == 1 else None
+    axes.plot(forwards, losses, color=ACCENT, linewidth=0.7, alpha=0.5, marker=lone)
+    axes.plot(forwards, running_median(losses), color=ACCENT, linewidth=2)
+    return _inline_svg(figure, "loss")
+
+
+def metric_curve(lines: list[Record], metric: str) -> str:
+    """SVG of the evaluated metric against forwards, its start and its best marked. Empty without an evaluation."""
+    from matplotlib.ticker import FuncFormatter
+
+    forwards, values = series(lines, f"eval_{metric}")
+    if not values:
+        return ""
+    figure, axes = _page_figure()
+    if metric != "matthews":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    axes.plot(forwards, values, color=ACCENT, linewidth=2, marker="o", markersize=4)
+    axes.axhline(values[0], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    best = max(values)
+    label = "start" if best > values[0] else "start, the best"
+    axes.annotate(
+        f"{label} {score(metric, values[0])}",
+        (1, values[0]),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -4),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        color=MUTED,
+    )
+    if best > values[0]:
+        place = forwards[values.index(best)]
+        axes.plot(place, best, marker="o", markersize=9, markerfacecolor="none", markeredgecolor=INK)
+        late = place > (forwards[0] + forwards[-1]) / 2
+        axes.annotate(
+            f"best {score(metric, best)}",
+            (place, best),
+            xytext=(4 if late else -4, 8),
+            textcoords="offset points",
+            ha="right" if late else "left",
+            va="bottom",
+            color=INK,
+            fontweight="bold",
+        )
+    axes.margins(y=0.18)
+    return _inline_svg(figure, "metric")
+
+
+def running_median(values: list[float]) -> list[float]:
+    """The median of the values around each one, a tenth of all."""
+    half = len(values) // 20
+    return [median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def save_comparison(path: str | Path, rows: list[dict[str, Any]], title: str = "") -> None:
+    """Save the plot of each method's measured cosine to the true gradient and of its prediction, on a log scale.
+
+    A row has method, cosine_mean, cosine_sem, predicted_cosine and capture (the share of the gradient's energy in the
+    method's subspace); the last two may be None. The figures stand beside each method, so that a mean that is not
+    positive, which a log scale cannot show, is not lost.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 1.2 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xscale("log", nonpositive="clip")
+    for place, row in enumerate(rows):
+        mean, error, predicted = row["cosine_mean"], row["cosine_sem"], row["predicted_cosine"]
+        first = place == 0
+        if mean > 0:
+            label = "measured, ± standard error" if first else None
+            axes.errorbar(mean, place, xerr=error, fmt="o", color="#2457a6", capsize=3, label=label)
+        if predicted:
+            axes.plot(predicted, place, "D", mfc="none", color="#b3402e", ms=8, label="predicted" if first else None)
+        figures = f"{mean:.3g} ± {error:.1g}"
+        if row["capture"] is not None:
+            figures += f", captures {row['capture']:.2%}"
+        axes.text(1.02, place, figures, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("cosine to the true gradient")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title(title, loc="left")
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def save_layers(path: str | Path, methods: dict[str, list[float]], ylabel: str) -> None:
+    """Save the plot of one value per layer, a line for each method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for method, values in methods.items():
+        axes.plot(values, marker="o", markersize=3, linewidth=1.5, label=method)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("layer")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper left", ncols=6, frameon=False)
+    _save(figure, path)
+
+
+def _page_figure() -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel("forward passes", color=MUTED)
+    axes.tick_params(color=RULE, labelcolor=MUTED)
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+    return figure, axes
+
+
+def _inline_svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element for an HTML page, its ids begun with `name`, its colours the page's."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context(RC):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' (xmlns(:\w+)?|width|height)="[^"]*"', "", svg, count=4)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for stand_in, variable in THEME.items():
+        svg = svg.replace(stand_in, variable)
+    return svg
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    from matplotlib import rc_context
+
+    path = Path(path)
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".") not in known:
+        raise UserError(f"cannot save a plot as {path.name}; end the name in one of {', '.join(sorted(known))}")
+    with rc_context(RC):
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,0 +1,34 @@
+"""Numbers as people read them."""
+
+
+def number(value: float) -> str:
+    """A count with thousands separated, or three significant digits."""
+    if value == int(value):
+        return f"{int(value):,}".replace(",", "\u202f")
+    return f"{value:.3g}"
+
+
+def score(metric: str, value: float) -> str:
+    """A metric's value: a share as a percentage, a correlation as it is."""
+    return f"{value:.3f}" if metric == "matthews" else f"{value:.1%}"
+
+
+def change(metric: str, difference: float) -> str:
+    """The difference of two values of a metric."""
+    return f"{difference:+.3f}" if metric == "matthews" else f"{100 * difference:+.1f} points"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that they fill."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def size(count: float) -> str:
+    """A number of bytes."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

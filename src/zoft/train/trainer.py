@@ -1,0 +1,82 @@
+"""`ZOTrainer`: transformers' Trainer, stepping with a zeroth-order optimizer instead of backpropagation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from zoft.optim import ZeroOrder
+from zoft.train.adapter import save_adapter
+
+OPTIMIZER_STATE = "optimizer.pt"  # transformers' file name in a checkpoint
+
+
+class ZOTrainer(Trainer):
+    """A `transformers.Trainer` that trains with forward passes only.
+
+    Pass a zoft optimizer as ``optimizers=(zoft.AGZO(model, lr=1e-4), None)``; everything else is the Trainer's own:
+    logging, evaluation, checkpoints, resuming, schedulers, callbacks, gradient accumulation. With a first-order
+    optimizer (or none) it is the Trainer unchanged.
+
+    The model runs in eval mode while it is probed (dropout would only add noise to the loss differences). Methods
+    that train coefficients beside frozen weights save a PEFT adapter instead of the weights.
+    """
+
+    @property
+    def zero_order(self) -> ZeroOrder | None:
+        """The zeroth-order optimizer, if that is what trains."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        return optimizer if isinstance(optimizer, ZeroOrder) else None
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        optimizer = self.zero_order
+        if optimizer is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.eval()
+        inputs = self._prepare_inputs(inputs)
+
+        def closure() -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+        loss = optimizer.estimate(closure).to(self.args.device)
+        return loss / self.current_gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        optimizer = self.zero_order
+        if optimizer is not None and "loss" in logs:
+            logs |= {"projected_grad": optimizer.projected_gradients[-1]} if optimizer.projected_gradients else {}
+            logs |= {"skipped": optimizer.counters.skipped, "zero": optimizer.counters.zero}
+        super().log(logs, start_time)
+
+    # Coefficients live beside the model: they are saved as an adapter, and loaded with the optimizer's state.
+
+    @property
+    def _saves_adapter(self) -> bool:
+        return self.zero_order is not None and self.zero_order.keeps_coefficients
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self._saves_adapter:
+            return super()._save(output_dir, state_dict)
+        assert self.zero_order is not None
+        folder = Path(output_dir or self.args.output_dir)
+        save_adapter(self.zero_order, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._saves_adapter:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._saves_adapter:
+            return super()._load_best_model()
+        assert self.zero_order is not None
+        state = Path(self.state.best_model_checkpoint) / OPTIMIZER_STATE
+        self.zero_order.load_state_dict(torch.load(state, map_location="cpu", weights_only=True))

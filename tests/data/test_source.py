@@ -1,0 +1,125 @@
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from zoft.data import hold_out, load_rows, load_task, sample
+from zoft.errors import UserError
+
+SST2 = load_task("sst2")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def rows_of(count: int) -> list[dict[str, Any]]:
+    return [{"sentence": f"film {number}", "label": number % 2} for number in range(count)]
+
+
+def test_folder(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", rows_of(4))
+    write(tmp_path / "test.jsonl", rows_of(2))
+    assert load_rows(SST2, tmp_path, "train") == rows_of(4)
+    assert load_rows(SST2, str(tmp_path), "validation") == rows_of(2), "the test file stands in"
+    write(tmp_path / "validation.jsonl", rows_of(3))
+    assert load_rows(SST2, tmp_path, "validation") == rows_of(3)
+
+
+@pytest.mark.parametrize(("count", "held"), [(2, 1), (9, 1), (100, 10), (6000, 500)])
+def test_single_file_holds_out_its_end(tmp_path: Path, count: int, held: int) -> None:
+    file = write(tmp_path / "my.jsonl", rows_of(count))
+    train, validation = (load_rows(SST2, file, split) for split in ("train", "validation"))
+    assert len(validation) == held
+    assert train + validation == rows_of(count)
+
+
+def test_encodings_and_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"sentence": "caf\xc3\xa9\xe2\x80\xa8x", "label": 1}\r\n\r\n{"sentence": "b", "label": "0"}\r\n'
+    )
+    assert [row["sentence"] for row in load_rows(SST2, tmp_path, "train")] == ["café\u2028x", "b"]
+    (tmp_path / "validation.csv").write_bytes(b'\xef\xbb\xbfsentence,label\r\n"a, ""b""\nc",1\r\n')
+    assert load_rows(SST2, tmp_path, "validation") == [{"sentence": 'a, "b"\nc', "label": "1"}]
+
+
+def test_unlabelled_rows_are_left_out(tmp_path: Path) -> None:
+    file = write(tmp_path / "train.jsonl", [*rows_of(3), {"sentence": "x", "label": -1}])
+    assert load_rows(SST2, tmp_path, "train") == rows_of(3)
+    write(file, [{"sentence": "x", "label": -1}])
+    with pytest.raises(UserError, match="no labelled rows for train"):
+        load_rows(SST2, tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "a.jsonl: no labelled rows for train"),
+        ("a.jsonl", b'{"sentence": "x", "label": 1}', "one row cannot serve both"),
+        ("a.jsonl", b'{"sentence": "x", "label": 1}\n{"sentence": ', "a.jsonl:2: broken JSON at column 14"),
+        ("a.jsonl", b"[1]", "a.jsonl:1: expected one JSON object a line, found list"),
+        ("a.jsonl", b'{"sentence": "\xff"}', "a.jsonl: not UTF-8"),
+        ("a.jsonl", b'\n{"text": "x", "label": 1}', "a.jsonl:2: no column 'sentence'; the columns are 'text'"),
+        ("a.jsonl", b'{"sentence": "x", "label": 5}', "a.jsonl:1: column 'label': 5 is none of the labels"),
+        ("a.csv", b"sentence,label\nx", "a.csv:2: the row has not as many fields as the header"),
+        ("a.csv", b"sentence,label\nx,1,2", "a.csv:2: the row has not as many fields as the header"),
+        ("a.csv", b'sentence,label\n"x"y,1', "a.csv:2: broken CSV"),
+        ("a.txt", b"x", "a.txt: expected a .jsonl or .csv file"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_rows(SST2, tmp_path / name, "train")
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        load_rows(SST2, tmp_path / "nowhere", "train")
+    (tmp_path / "dev.jsonl").touch()
+    with pytest.raises(UserError, match=r"no train.jsonl or train.csv; the folder holds dev.jsonl"):
+        load_rows(SST2, tmp_path, "train")
+
+
+def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(path: str, config: str | None, *, split: str, revision: str | None = None) -> datasets.Dataset:
+        calls.append((path, config, split, revision))
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found glue.py")
+        return datasets.Dataset.from_list(rows_of(3))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_rows(SST2, None, "validation") == rows_of(3)
+    assert calls[-1] == ("nyu-mll/glue", "sst2", "validation", "refs/convert/parquet")
+    with pytest.raises(UserError, match="CogComp/trec test row 0: no column 'text'"):
+        load_rows(load_task("trec"), None, "validation")
+
+
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("Couldn't reach the hub\nlong story")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match="ConnectionError: Couldn't reach the hub; pass --data") as caught:
+        load_rows(SST2, None, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_draws_are_reproducible_and_private() -> None:
+    rows = rows_of(100)
+    state = random.getstate()
+    drawn = sample(rows, 10, seed=1)
+    rest, held = hold_out(rows, 10, seed=1)
+    assert random.getstate() == state
+    assert drawn == sample(rows, 10, seed=1) != sample(rows, 10, seed=2)
+    assert sorted(drawn, key=rows.index) == drawn and len(drawn) == 10
+    assert sorted(rest + held, key=rows.index) == rows and len(held) == 10
+    assert sample(rows, 1000, seed=0) == rows
+    with pytest.raises(UserError, match="cannot hold 100 rows out of 100"):
+        hold_out(rows, 100, seed=0)
