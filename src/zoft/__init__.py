@@ -1,0 +1,20 @@
+"""zoft: fine-tune language models with forward passes only."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoft.optim import AGZO, LOZO, MeZO, ZeroOrder, ZOAct
+    from zoft.train import ZOTrainer
+
+__version__ = "0.1.0"
+__all__ = ["AGZO", "LOZO", "MeZO", "ZOAct", "ZOTrainer", "ZeroOrder"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: ``zoft.AGZO`` needs torch, ``zoft.ZOTrainer`` transformers, the command line's help neither."""
+    if name not in __all__:
+        raise AttributeError(f"module 'zoft' has no attribute {name!r}")
+    return getattr(importlib.import_module("zoft.train" if name == "ZOTrainer" else "zoft.optim"), name)

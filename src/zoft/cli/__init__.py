@@ -1,0 +1,47 @@
+"""The command line: ``zoft COMMAND``. One module a command; each imports what is slow only when it runs."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+import typer
+
+from zoft.cli.eval import evaluate
+from zoft.cli.methods import methods
+from zoft.cli.report import report
+from zoft.cli.tasks import tasks
+from zoft.cli.train import train
+from zoft.errors import UserError
+
+app = typer.Typer(
+    name="zoft",
+    help="Fine-tune language models with forward passes only: the memory of inference, no backpropagation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command()(train)
+app.command(name="eval")(evaluate)
+app.command()(report)
+app.command()(methods)
+app.command()(tasks)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            raise
+        fail(f"cannot write {error.filename or 'a file'}: {error.strerror}")
+
+
+def fail(message: str) -> None:
+    """Say `message` on standard error and exit with code 2."""
+    print(f"zoft: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -2,7 +2,7 @@
 
 from zoft.optim.estimator import Estimate, Probes
 from zoft.optim.layers import LinearMap, NoLinearLayers
-from zoft.optim.methods import AGZO, LOZO, LOZOM, METHODS, MeZO, ZOAct
+from zoft.optim.methods import AGZO, LOZO, METHODS, MeZO, ZOAct
 from zoft.optim.optimizer import ZeroOrder
 from zoft.optim.subspace import Activation, Full, RandomLowRank
 from zoft.optim.update import SGD, Adam
@@ -10,7 +10,6 @@ from zoft.optim.update import SGD, Adam
 __all__ = [
     "AGZO",
     "LOZO",
-    "LOZOM",
     "METHODS",
     "SGD",
     "Activation",

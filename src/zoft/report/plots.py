@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stand-ins for the colours of the page, which differ in light and dark: `_inline_svg` puts its variables in their place.
+# Stand-ins for the page's colours, which differ in light and dark: `_inline_svg` puts its variables in their place.
 INK, MUTED, RULE, ACCENT = "#010101", "#020202", "#030303", "#040404"
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", ACCENT: "var(--accent)"}
 
-RC = {"svg.fonttype": "none", "svg.hashsalt": "zoft", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "zoft"}
 
 
 def loss_curve(lines: list[Record]) -> str:
@@ -82,8 +82,8 @@ def metric_curve(lines: list[Record], metric: str) -> str:
 
 
 def running_median(values: list[float]) -> list[float]:
-    """The median of the values around each one, a tenth of all."""
-    half = len(values) // 20
+    """The median of the values around each one, a tenth of all on either side."""
+    half = len(values) // 10
     return [median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
@@ -115,6 +115,7 @@ def save_comparison(path: str | Path, rows: list[dict[str, Any]], title: str = "
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("cosine to the true gradient")
     axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left")
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
     _save(figure, path)
@@ -123,15 +124,17 @@ def save_comparison(path: str | Path, rows: list[dict[str, Any]], title: str = "
 def save_layers(path: str | Path, methods: dict[str, list[float]], ylabel: str) -> None:
     """Save the plot of one value per layer, a line for each method."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for method, values in methods.items():
         axes.plot(values, marker="o", markersize=3, linewidth=1.5, label=method)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper left", ncols=6, frameon=False)
     _save(figure, path)
 
@@ -143,6 +146,7 @@ def _page_figure() -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_xlabel("forward passes", color=MUTED)
     axes.tick_params(color=RULE, labelcolor=MUTED)
+    axes.locator_params(nbins=7)
     axes.grid(axis="y", color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -156,7 +160,7 @@ def _inline_svg(figure: Figure, name: str) -> str:
 
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with rc_context(RC):
+    with rc_context(SVG):
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -174,5 +178,5 @@ def _save(figure: Figure, path: str | Path) -> None:
     known = figure.canvas.get_supported_filetypes()
     if path.suffix.lstrip(".") not in known:
         raise UserError(f"cannot save a plot as {path.name}; end the name in one of {', '.join(sorted(known))}")
-    with rc_context(RC):
+    with rc_context(SVG):
         figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)

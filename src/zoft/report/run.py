@@ -17,7 +17,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A run, finished or not: `summary` is None until it is."""
+    """A run, finished or not: `summary` is None until it is.
+
+    The evaluations of the log are on the dev split, which chooses the model to keep; those of the summary are on the
+    validation split.
+    """
 
     folder: Path
     config: Record
@@ -29,22 +33,25 @@ class Run:
     @cached_property
     def metric(self) -> str | None:
         """The name of the task's metric: the summary's, or else the first that was logged."""
-        if self.summary and self.summary.get("metric"):
-            return str(self.summary["metric"])
-        logged = (key for line in self.evaluations for key in line if key.startswith("eval_"))
-        return next((key[5:] for key in logged if key not in ("eval_loss", "eval_examples")), None)
+        from zoft.data.metrics import METRICS
+
+        if self.summary is not None:
+            return self.summary["metric"]
+        logged = (key.removeprefix("eval_") for line in self.evaluations for key in line)
+        return next((name for name in logged if name in METRICS), None)
 
     @cached_property
     def results(self) -> Record:
         """The summary, or as much of it as the configuration and the log so far tell."""
         if self.summary is not None:
             return self.summary
-        results = {key: self.config.get(key) for key in ("task", "model", "method", "seed")}
-        lines = sorted(self.training + self.evaluations, key=lambda line: line["step"])
-        for key in ("step", "forwards", "seconds", "skipped", "zero"):
-            results[key] = next((line[key] for line in reversed(lines) if key in line), None)
-        results["steps"] = results.pop("step")
-        if results["steps"] and results["seconds"]:
+        config = self.config
+        results: Record = {"task": config.get("task") or config.get("data"), "model": config.get("model")}
+        results["method"] = config.get("method")
+        for line in sorted(self.training + self.evaluations, key=lambda line: line["step"]):
+            results |= {key: line[key] for key in ("forwards", "seconds", "skipped", "zero") if key in line}
+            results["steps"] = line["step"]
+        if results.get("steps") and results.get("seconds"):
             results["seconds_per_step"] = results["seconds"] / results["steps"]
         _, values = series(self.evaluations, f"eval_{self.metric}")
         if values:

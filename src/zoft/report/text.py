@@ -1,4 +1,9 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
+
+
+def words(name: str) -> str:
+    """An identifier as words."""
+    return name.replace("_", " ")
 
 
 def number(value: float) -> str:

@@ -47,7 +47,8 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot load model {name!r}: {reason} Give a hub id, a folder saved by transformers, a .gguf file, or 'demo'"
+            f"cannot load model {name!r}: {reason} "
+            "Give a hub id, a folder saved by transformers, a .gguf file, or 'demo'"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -91,9 +92,9 @@ def from_gguf(file: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-        AutoTokenizer.from_pretrained(**where).save_pretrained(partial)
-        AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, **dense).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16, **dense)
+        model.save_pretrained(partial)
         partial.rename(target)
     except OSError:
         if not target.is_dir():  # another process may have been faster

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from zoft.data import Collator, Task, TaskDataset, choose, losses, positions_to_keep, score
+from zoft.data import Collator, Task, choose, losses, positions_to_keep, score
 from zoft.train.trainer import ZOTrainer
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -25,24 +24,32 @@ class TaskTrainer(ZOTrainer):
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, args: TrainingArguments, **rest: Any
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        args: TrainingArguments,
+        **rest: Any,
     ) -> None:
-        pad = tokenizer.pad_token_id
-        self.task = task
+        self.task, self.tokenizer = task, tokenizer
         self.predictions: dict[int, int | str] = {}
-        self._collate = {mode: Collator(pad, mode) for mode in ("train", "eval", "generate")}
+        self._collate = {
+            "train": Collator(tokenizer.pad_token_id, "train"),
+            "eval": Collator(tokenizer.pad_token_id, "eval"),
+            "generate": Collator(tokenizer.pad_token_id, "generate"),
+        }
         super().__init__(model, args, data_collator=self._collate["train"], processing_class=tokenizer, **rest)
 
     # --- batches ---------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         """Batches of like length, shuffled: little padding."""
-        dataset: TaskDataset = train_dataset or self.train_dataset
+        dataset: Any = train_dataset or self.train_dataset
         generator = torch.Generator().manual_seed(self.args.seed)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(batch, lengths=dataset.lengths, generator=generator)
 
-    def _get_eval_sampler(self, eval_dataset: TaskDataset) -> Any:
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """Longest first: no padding to speak of, and a batch too large for the memory shows at once."""
         return sorted(range(len(eval_dataset)), key=lambda index: -eval_dataset.lengths[index])
 
@@ -86,39 +93,35 @@ class TaskTrainer(ZOTrainer):
         return model(**given, logits_to_keep=positions_to_keep(inputs), use_cache=False).logits
 
     def _generate(self, inputs: dict[str, Tensor]) -> Tensor:
-        tokenizer, prompt = self.processing_class, inputs["input_ids"]
-        output = self.model.generate(
+        model: Any = self.model
+        prompt = inputs["input_ids"]
+        output = model.generate(
             input_ids=prompt,
             attention_mask=inputs["attention_mask"],
             max_new_tokens=self.task.max_new_tokens,
             do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
             stop_strings=self.task.stop,
-            tokenizer=tokenizer,
+            tokenizer=self.tokenizer,
         )
         return output[:, prompt.shape[1] :]
 
     # --- metrics ---------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """The task's metrics on a `TaskDataset`, by transformers' evaluation loop."""
-        dataset: TaskDataset = eval_dataset or self.eval_dataset
+        """The task's metrics on a `zoft.data.TaskDataset`, by transformers' evaluation loop."""
+        dataset: Any = eval_dataset or self.eval_dataset
 
         def compute_metrics(found: EvalPrediction) -> dict[str, float]:
-            predictions, index = self._decode(found.predictions), found.label_ids.tolist()
+            predictions, index = self._decode(found.predictions), np.asarray(found.label_ids).tolist()
             self.predictions = dict(zip(index, predictions, strict=True))
             return score(self.task, predictions, [dataset.rows[i] for i in index])
 
         self.compute_metrics = compute_metrics
         return super().evaluate(dataset, ignore_keys, metric_key_prefix)
 
-    def _decode(self, predictions: np.ndarray) -> list[Any]:
+    def _decode(self, predictions: Any) -> list[Any]:
         if self.task.kind != "generation":
             return predictions.tolist()
-        pad = self.processing_class.pad_token_id
-        texts: Iterable[str] = self.processing_class.batch_decode(
-            np.where(predictions < 0, pad, predictions), skip_special_tokens=True
-        )
-        return list(texts)
-
-
+        tokens = np.where(predictions < 0, self.tokenizer.pad_token_id, predictions)
+        return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))

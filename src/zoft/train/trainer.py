@@ -41,7 +41,7 @@ class ZOTrainer(Trainer):
         model.eval()
         inputs = self._prepare_inputs(inputs)
 
-        def closure() -> Tensor:
+        def closure() -> Any:
             with self.compute_loss_context_manager():
                 return self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
 
@@ -65,7 +65,7 @@ class ZOTrainer(Trainer):
         if not self._saves_adapter:
             return super()._save(output_dir, state_dict)
         assert self.zero_order is not None
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         save_adapter(self.zero_order, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -78,5 +78,5 @@ class ZOTrainer(Trainer):
         if not self._saves_adapter:
             return super()._load_best_model()
         assert self.zero_order is not None
-        state = Path(self.state.best_model_checkpoint) / OPTIMIZER_STATE
+        state = Path(str(self.state.best_model_checkpoint)) / OPTIMIZER_STATE
         self.zero_order.load_state_dict(torch.load(state, map_location="cpu", weights_only=True))

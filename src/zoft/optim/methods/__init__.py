@@ -1,17 +1,20 @@
 """The published methods, each a preset of the three axes."""
 
+from collections.abc import Callable
+from functools import partial
+
 from zoft.optim.methods.agzo import AGZO
-from zoft.optim.methods.lozo import LOZO, LOZOM
+from zoft.optim.methods.lozo import LOZO
 from zoft.optim.methods.mezo import MeZO
 from zoft.optim.methods.zoact import ZOAct
 from zoft.optim.optimizer import ZeroOrder
 
-METHODS: dict[str, type[ZeroOrder]] = {
+METHODS: dict[str, Callable[..., ZeroOrder]] = {
     "mezo": MeZO,
     "lozo": LOZO,
-    "lozo-m": LOZOM,
+    "lozo-m": partial(LOZO, momentum=0.9),
     "agzo": AGZO,
     "zo-act": ZOAct,
 }
 
-__all__ = ["AGZO", "LOZO", "LOZOM", "METHODS", "MeZO", "ZOAct"]
+__all__ = ["AGZO", "LOZO", "METHODS", "MeZO", "ZOAct"]

@@ -50,12 +50,3 @@ class LOZO(ZeroOrder):
             others=others,
             **options,
         )
-
-
-class LOZOM(LOZO):
-    """LOZO-M: `LOZO` with momentum 0.9 on the left factor."""
-
-    def __init__(
-        self, model: nn.Module, lr: float = 1e-6, eps: float = 1e-3, *, momentum: float = 0.9, **options: Any
-    ) -> None:
-        super().__init__(model, lr, eps, momentum=momentum, **options)

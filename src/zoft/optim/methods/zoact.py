@@ -23,10 +23,10 @@ class ZOAct(ZeroOrder):
     their finite differences ``g Z``, and hands the mean to Adam (or SGD with ``adam=False``). Weights are only read, so
     they may be quantized. One-sided by default: 1 + probes forwards; `two_sided`: 2 probes forwards.
 
-    Call the optimizer once on a larger closure (`calibrate`) to take the basis from more than the first batch.
+    `calibrate` takes the basis from other batches than the first that is trained on.
 
     Departures: V comes from power iteration (``power_steps=None`` for the singular value decomposition that the paper
-    uses; the two agree to the accuracy that the tests state). The paper's text leaves open which finite difference it takes.
+    uses). Sources disagree on which finite difference the paper takes; both are here.
     """
 
     paper = "arXiv 2607.01125"

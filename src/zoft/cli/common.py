@@ -1,0 +1,71 @@
+"""Options that several commands share, and what they print on."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zoft.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Model = Annotated[
+    str, typer.Argument(help="Hub id, folder, run, .gguf file, or the word *demo* (SmolLM2-135M-Instruct).")
+]
+TaskName = Annotated[str | None, typer.Option("--task", help="A built-in task; see *zoft tasks*.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder with train.jsonl and validation.jsonl, or one .jsonl or .csv file. Default: the hub."),
+]
+Template = Annotated[str | None, typer.Option(help='Your own task: the prompt, such as "{text} It was".')]
+Words = Annotated[str | None, typer.Option(help="Your own task: label words, such as 0=terrible,1=great.")]
+Label = Annotated[str | None, typer.Option(help="Your own task: the column of the label, or of the completion.")]
+Metric = Annotated[str | None, typer.Option(help="Your own task: accuracy, matthews, exact_match, f1, number_match.")]
+Dtype = Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0. Default: the accelerator, if there is one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def console(quiet: bool) -> Console:
+    """A console for people: silent if the output is JSON. Keeps other libraries from talking over it."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    return Console(quiet=quiet, highlight=False)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on standard output."""
+    json.dump(value, sys.stdout, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """``rank=4`` as ``{"rank": 4}``; what is no Python literal is text."""
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"option {pair!r} is not of the form name=value")
+        options[name.strip()] = _literal(value.strip())
+    return options
+
+
+def _literal(text: str) -> Any:
+    plain = {"true": True, "false": False, "none": None}
+    if text.lower() in plain:
+        return plain[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,61 @@
+"""``zoft eval``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from zoft.cli import common
+
+
+def evaluate(
+    model: common.Model,
+    task: common.TaskName = None,
+    data: common.Data = None,
+    shots: Annotated[int, typer.Option(min=0, help="Training rows shown with their answers before each prompt.")] = 0,
+    examples: Annotated[int | None, typer.Option(min=1, help="Validation rows. Default: all.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the choice of shots.")] = 0,
+    max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of an example.")] = None,
+    template: common.Template = None,
+    words: common.Words = None,
+    label: common.Label = None,
+    metric: common.Metric = None,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    as_json: common.Json = False,
+) -> None:
+    """Measure MODEL on a task's validation rows, zero-shot or with examples in the prompt.
+
+    zoft eval demo --task sst2 --shots 4
+    """
+    from zoft.train import TrainConfig
+    from zoft.train.evaluate import evaluate as run
+
+    config = TrainConfig.load(
+        None,
+        model=model,
+        task=task,
+        data=str(data) if data else None,
+        eval_examples=examples,
+        eval_batch_size=batch_size,
+        seed=seed,
+        max_length=max_length,
+        template=template,
+        words=words,
+        label=label,
+        metric=metric,
+        dtype=dtype,
+        device=device,
+    )
+    console = common.console(quiet=as_json)
+    result = run(config, shots)
+    if as_json:
+        common.print_json(result)
+        return
+    name = result["metric"]
+    console.print(
+        f"{result['task']}, {shots} shots: {name} [bold]{result[name]:.4f}[/] on {result['examples']} rows "
+        f"in {result['seconds']:.1f} s" + (f" ({result['truncated']} shortened)" if result["truncated"] else "")
+    )

@@ -1,0 +1,117 @@
+"""``zoft train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zoft.cli import common
+from zoft.errors import UserError
+
+
+def train(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, folder, .gguf file, or the word *demo* (SmolLM2-135M-Instruct)."),
+    ] = None,
+    task: common.TaskName = None,
+    data: common.Data = None,
+    method: Annotated[str | None, typer.Option(help="See *zoft methods*; or fo-sgd, fo-adamw, lora.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimizer.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: the method's.")] = None,
+    eps: Annotated[
+        float | None, typer.Option(help="Distance of a probe (the papers' mu). Default: the method's.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="An option of the method, such as -o rank=4. Repeatable.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a batch.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches in a step.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Learning rate: constant, linear, cosine, ...")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps over which the learning rate rises.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Decoupled weight decay.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the data's order and all noise.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
+    train_examples: Annotated[int | None, typer.Option(help="Training rows. Default: as many as the run sees.")] = None,
+    dev_examples: Annotated[int | None, typer.Option(help="Rows held out of train to choose the checkpoint.")] = None,
+    eval_examples: Annotated[int | None, typer.Option(help="Validation rows. Default: all.")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Evaluate on the held-out rows every so many steps.")] = None,
+    eval_batch_size: Annotated[int | None, typer.Option(help="Examples in a batch of an evaluation.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Checkpoint every so many steps, and keep the last.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of an example; what is longer loses its passage's end.")
+    ] = None,
+    template: common.Template = None,
+    words: common.Words = None,
+    label: common.Label = None,
+    metric: common.Metric = None,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags go over it.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
+    as_json: common.Json = False,
+) -> None:
+    """Train MODEL on a task, and leave the model, its metrics and a report in a run folder.
+
+    zoft train demo --data my.jsonl
+
+    zoft train Qwen/Qwen3-0.6B --task sst2 --method agzo --steps 300 --out runs/sst2
+    """
+    flags = {
+        "model": model,
+        "task": task,
+        "data": str(data) if data else None,
+        "method": method,
+        "steps": steps,
+        "lr": lr,
+        "eps": eps,
+        "method_options": common.parse_options(option or []),
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "schedule": schedule,
+        "warmup_steps": warmup_steps,
+        "weight_decay": weight_decay,
+        "seed": seed,
+        "out": str(out) if out else None,
+        "train_examples": train_examples,
+        "dev_examples": dev_examples,
+        "eval_examples": eval_examples,
+        "eval_steps": eval_steps,
+        "eval_batch_size": eval_batch_size,
+        "save_steps": save_steps,
+        "max_length": max_length,
+        "template": template,
+        "words": words,
+        "label": label,
+        "metric": metric,
+        "dtype": dtype,
+        "device": device,
+    }
+    if resume is not None:
+        given = [name for name, value in flags.items() if value and name != "steps"]
+        if given or config:
+            raise UserError(f"--resume takes its settings from the run; leave out {', '.join(given) or '--config'}")
+        if not (resume / "config.yaml").is_file():
+            raise UserError(f"{resume} holds no run: it has no config.yaml")
+        config, flags["out"] = resume / "config.yaml", str(resume)
+
+    from zoft.train import TrainConfig
+    from zoft.train import train as run
+
+    settings = TrainConfig.load(config, **flags)
+    console = common.console(quiet=as_json)
+    summary = run(settings, console, resume=resume is not None)
+    if as_json:
+        common.print_json(summary)
+        return
+    console.print(
+        f"{summary['metric']} [bold]{summary['initial']:.3f} -> {summary['best']:.3f}[/] on "
+        f"{summary['validation_examples']} validation rows, after {summary['forwards']} forwards in "
+        f"{summary['seconds']:.0f} s ({summary['peak_memory_bytes'] / 2**30:.1f} GiB at most)"
+    )
+    for kind in ("model", "adapter"):
+        if (Path(settings.out) / kind).is_dir():
+            console.print(f"{kind}: {Path(settings.out) / kind}")
+    console.print(f"report: {Path(settings.out) / 'report.html'}")
