@@ -61,22 +61,23 @@ def tiles(run: Run) -> list[Tile]:
 
 
 def basis(run: Run) -> str:
-    """What the key figures rest on."""
+    """What the key figures rest on, and how far chance alone moves the metric if it is a share of the examples."""
     if run.summary is None:
         return "The run has not finished: these are the figures of its log so far, the metric on the dev split."
-    step = run.summary.get("best_step")
-    choice = f" The model kept is that of step {step}, the best on the dev split." if step else ""
-    return f"{measured(run, 'validation')}.{choice}"
+    sentence, count, step = measured(run, "validation"), _count(run, "validation"), run.summary.get("best_step")
+    if count and run.metric in SHARES:
+        sentence += f", standard error at most {50 / math.sqrt(count):.1f} points"
+    return f"{sentence}. The model kept is that of step {step}, the best on the dev split." if step else f"{sentence}."
 
 
 def measured(run: Run, split: str) -> str:
-    """The metric and the split it is measured on, and how far chance alone moves it if it is a share."""
-    name = text.words(run.metric or "").capitalize()
-    count = (run.results.get("examples") or {}).get(split)
-    if not count:
-        return f"{name} on the {split} split"
-    error = f", standard error at most {50 / math.sqrt(count):.1f} points" if run.metric in SHARES else ""
-    return f"{name} on {text.number(count)} {split} examples{error}"
+    """The metric and the split it is measured on."""
+    name, count = text.words(run.metric or "").capitalize(), _count(run, split)
+    return f"{name} on {text.number(count)} {split} examples" if count else f"{name} on the {split} split"
+
+
+def _count(run: Run, split: str) -> int | None:
+    return run.results.get("examples", {}).get(split)
 
 
 def _method_title(name: Any) -> str:

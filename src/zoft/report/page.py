@@ -103,15 +103,16 @@ def _loading(run: Run, place: str) -> str:
     for name in ("model", "adapter"):
         folder, path = run.folder / name, f"{place}/{name}"
         if (folder / "adapter_config.json").is_file():
-            library, loader = "peft", "AutoPeftModelForCausalLM"
+            loader = "AutoPeftModelForCausalLM"
+            imports = f"from peft import {loader}\nfrom transformers import AutoTokenizer"
         elif (folder / "config.json").is_file():
-            library, loader = "transformers", "AutoModelForCausalLM"
+            loader = "AutoModelForCausalLM"
+            imports = f"from transformers import {loader}, AutoTokenizer"
         else:
             continue
         tokenizer = path if (folder / "tokenizer_config.json").is_file() else run.config.get("model")
         return (
-            f"from {library} import {loader}\n"
-            "from transformers import AutoTokenizer\n\n"
+            f"{imports}\n\n"
             f"model = {loader}.from_pretrained({json.dumps(path)})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(tokenizer)})"
         )

@@ -100,24 +100,29 @@ def save_comparison(path: str | Path, rows: list[dict[str, Any]], title: str = "
     axes = figure.add_subplot()
     axes.set_xscale("log", nonpositive="clip")
     for place, row in enumerate(rows):
-        mean, error, predicted = row["cosine_mean"], row["cosine_sem"], row["predicted_cosine"]
-        first = place == 0
-        if mean > 0:
-            label = "measured, ± standard error" if first else None
-            axes.errorbar(mean, place, xerr=error, fmt="o", color="#2457a6", capsize=3, label=label)
-        if predicted:
-            axes.plot(predicted, place, "D", mfc="none", color="#b3402e", ms=8, label="predicted" if first else None)
-        figures = f"{mean:.3g} ± {error:.1g}"
+        figures = f"{row['cosine_mean']:.3g} ± {row['cosine_sem']:.1g}"
         if row["capture"] is not None:
-            figures += f", captures {row['capture']:.2%}"
+            figures += f", captures {100 * row['capture']:.3g}%"
         axes.text(1.02, place, figures, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    measured = [
+        (row["cosine_mean"], place, row["cosine_sem"]) for place, row in enumerate(rows) if row["cosine_mean"] > 0
+    ]
+    if measured:
+        means, places, errors = zip(*measured, strict=True)
+        axes.errorbar(
+            means, places, xerr=errors, fmt="o", color="#2457a6", capsize=3, label="measured, ± standard error"
+        )
+    predicted = [(row["predicted_cosine"], place) for place, row in enumerate(rows) if row["predicted_cosine"]]
+    if predicted:
+        axes.plot(*zip(*predicted, strict=True), "D", mfc="none", color="#b3402e", markersize=8, label="predicted")
     axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("cosine to the true gradient")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left")
-    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    if measured or predicted:
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)
     _save(figure, path)
 
 
