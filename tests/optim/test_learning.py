@@ -14,8 +14,8 @@ GOALS = {
 }
 LEARNING_RATES = {
     "MeZO": {"least squares": 1e-3, "classifier": 0.03, "llama": 1e-3, "tied llama": 7e-4},
-    "LOZO": {"least squares": 1e-3, "classifier": 0.03, "llama": 7e-4, "tied llama": 7e-4},
-    "LOZO-M": {"least squares": 1e-3, "classifier": 0.03, "llama": 7e-4, "tied llama": 4e-4},
+    "LOZO": {"least squares": 3e-3, "classifier": 0.03, "llama": 7e-4, "tied llama": 7e-4},
+    "LOZO-M": {"least squares": 3e-3, "classifier": 0.03, "llama": 7e-4, "tied llama": 8e-4},
     "AGZO": {"least squares": 1e-3, "classifier": 0.03, "llama": 0.01, "tied llama": 0.01},
     "AGZO two-sided": {"least squares": 1e-3, "classifier": 0.03, "llama": 0.01, "tied llama": 0.01},
     "AGZO rank 4": {"least squares": 1e-3, "classifier": 0.03, "llama": 0.01, "tied llama": 0.01},

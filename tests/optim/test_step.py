@@ -220,7 +220,7 @@ def test_weight_decay_shrinks_coefficients() -> None:
 
 @pytest.mark.parametrize("method", ["MeZO", "AGZO"])
 def test_weight_decay_far_below_one_unit_survives_in_bfloat16(method: str) -> None:
-    """A decay of 1e-5 a step shrinks the weights by 1% in 1000 steps; 15% of that are more than five standard errors."""
+    """A decay of 1e-5 a step shrinks the weights by 1% in 1000 steps; 15% of that are over five standard errors."""
     model = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
     before = snapshot(model)["0.weight"].double()
     x, calls = torch.eye(64, dtype=torch.bfloat16), count()

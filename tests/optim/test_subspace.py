@@ -1,18 +1,20 @@
 """Subspaces: when they renew, and what survives a change of basis."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from zoft.optim import AGZO, SGD, Activation, Adam, Probes, ZeroOrder
+from zoft.optim import AGZO, LOZO, SGD, Activation, Adam, Probes, ZeroOrder
 from zoft.optim.layers import find_linear_maps
 from zoft.optim.noise import normal
 from zoft.optim.subspace import change_of_basis
 
-from .models import llama, token_batch
+from .models import changed, llama, snapshot, token_batch
 from .table import classifier
 
 
@@ -94,6 +96,19 @@ def test_calibration_takes_the_basis_from_all_batches_and_the_first_step_keeps_i
     optimizer.step(problem.closure)
     assert optimizer.bases["0"] is calibrated
     assert optimizer.counters.forwards == 3 + 2
+
+
+@pytest.mark.parametrize(
+    "method", [partial(LOZO, others="frozen"), partial(AGZO, renew_every=50)], ids=["LOZO", "AGZO"]
+)
+def test_a_layer_that_the_batch_does_not_reach_stays_still(method: Callable[..., ZeroOrder]) -> None:
+    """As an expert to which no token is routed; what it would be given is noise."""
+    experts, x = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), normal((0, "x"), (6, 4))
+    optimizer = method(experts, lr=0.1)
+    optimizer.step(lambda: experts[0](x).square().mean() + experts[1](x).square().mean())
+    before = snapshot(experts)
+    optimizer.step(lambda: experts[0](x).square().mean())
+    assert changed(experts, before) == {"0.weight"}
 
 
 def captured_fraction(rank: int) -> dict[str, float]:

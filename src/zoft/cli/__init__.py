@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from zoft.cli.align import align
 from zoft.cli.eval import evaluate
 from zoft.cli.methods import methods
 from zoft.cli.report import report
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command(name="eval")(evaluate)
+app.command()(align)
 app.command()(report)
 app.command()(methods)
 app.command()(tasks)

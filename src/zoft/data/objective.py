@@ -1,4 +1,4 @@
-"""Losses and predictions from logits: pure functions of the logits and a batch of `Collator`.
+"""Losses and predictions from logits, as functions of the logits and a batch of `Collator`.
 
 A causal model's logits at a position predict the token after it. The functions take them at the last K
 positions, `logits` [N, K, V] of any floating type, for any K from `positions_to_keep` up, and compute in float32.
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .collate import IGNORE
 
@@ -26,6 +26,12 @@ def positions_to_keep(batch: Batch) -> int:
         return 1
     answer = (batch["labels"] != IGNORE).any(0)
     return answer.numel() - int(answer.int().argmax()) + 1
+
+
+def read_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits [N, K, V] that `losses` and `choose` need of `batch`, by one forward of a transformers model."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    return model(**inputs, logits_to_keep=positions_to_keep(batch), use_cache=False).logits
 
 
 def losses(logits: Tensor, batch: Batch) -> Tensor:

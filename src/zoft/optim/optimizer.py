@@ -207,9 +207,14 @@ class ZeroOrder(torch.optim.Optimizer):
             raise RuntimeError("nothing to step on: call estimate(closure) first, or step(closure)")
         if self._estimate.count:
             self._apply(self._estimate)
-        self._estimate, self._drawn = None, 0
-        self.counters.steps += 1
+        self.take_estimate()
         return loss
+
+    def take_estimate(self) -> Estimate | None:
+        """Hand over the estimate since the last step without moving, and go on to the next step's noise."""
+        estimate, self._estimate, self._drawn = self._estimate, None, 0
+        self.counters.steps += 1
+        return estimate
 
     def _apply(self, estimate: Estimate) -> None:
         (group,) = self.param_groups
@@ -248,22 +253,29 @@ class ZeroOrder(torch.optim.Optimizer):
 
     @property
     def _due(self) -> bool:
+        if isinstance(self.subspace, Full):
+            return False
         step = self.counters.steps
-        return not isinstance(self.subspace, Full) and self._renewed_at != step and self.subspace.due(step)
+        return not self.bases or (self._renewed_at != step and self.subspace.due(step))
 
     def set_bases(self, bases: dict[str, Tensor]) -> None:
         """Move in these bases (float32 [d_in, r], by map name) from now on; maps without one stay still."""
         for name, new in bases.items():
             state, old = self._states.get(name), self.bases.get(name)
-            if state and old is not None:
-                self.update.transport(state, change_of_basis(old, new))
+            if old is None or not (state or name in self.coefficients):
+                continue  # nothing is expressed in the old basis
+            change = change_of_basis(old, new)
+            if state:
+                self.update.transport(state, change)
+            if name in self.coefficients:
+                self.coefficients[name] = self.coefficients[name] @ change
         self.bases.update(bases)
         self.branches.active = [m for m in self.maps if m.name in bases]
         self._renewed_at = self.counters.steps
         if self.keeps_coefficients:
             for m in self.branches.active:
                 rank = bases[m.name].shape[1]
-                self.coefficients[m.name] = torch.zeros(m.d_out, rank, device=bases[m.name].device)
+                self.coefficients.setdefault(m.name, torch.zeros(m.d_out, rank, device=bases[m.name].device))
 
     # --- checkpoints ---------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """First axis: in which directions may a layer move?
 
-A subspace gives every linear map a basis A [d_in, r] and says when it is due for renewal. Bases are float32, by map
+A subspace gives every linear map a basis A [d_in, r] and says at which steps it is due for renewal (the first basis is
+due in any case). Bases are float32, by map
 name; a map without one (an expert that saw no token) stays still.
 """
 
@@ -72,7 +73,7 @@ class Activation:
         _check(self.rank, 1 if self.renew_every is None else self.renew_every)
 
     def due(self, step: int) -> bool:
-        return step == 0 if self.renew_every is None else step % self.renew_every == 0
+        return self.renew_every is not None and step % self.renew_every == 0
 
     def extract(self, layer: LinearMap, rows: Tensor, key: Key) -> Basis:
         """The basis of input activations `rows` [T, d_in]; the test matrix comes from noise stream `key`."""

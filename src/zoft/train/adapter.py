@@ -40,8 +40,8 @@ def save_adapter(optimizer: ZeroOrder, folder: Path) -> None:
     tensors = {}
     for name, factor in optimizer.coefficients.items():
         prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = optimizer.bases[name].t().contiguous().cpu()
-        tensors[f"{prefix}.lora_B.weight"] = factor.contiguous().cpu()
+        tensors[f"{prefix}.lora_A.weight"] = optimizer.bases[name].t().cpu().clone()
+        tensors[f"{prefix}.lora_B.weight"] = factor.cpu().clone()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))

@@ -11,10 +11,8 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from zoft.data import Collator, Task, choose, losses, positions_to_keep, score
+from zoft.data import Collator, Task, choose, losses, read_logits, score
 from zoft.train.trainer import ZOTrainer
-
-INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class TaskTrainer(ZOTrainer):
@@ -71,7 +69,7 @@ class TaskTrainer(ZOTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of each example [B] for a zeroth-order optimizer, their mean for a first-order one."""
-        logits = self._logits(model, inputs)
+        logits = read_logits(model, inputs)
         loss = losses(logits, inputs)
         if self.zero_order is None:
             loss = loss.mean()
@@ -85,12 +83,8 @@ class TaskTrainer(ZOTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             if self.task.kind == "generation":
                 return None, self._generate(inputs), inputs["index"]
-            logits = self._logits(model, inputs)
+            logits = read_logits(model, inputs)
             return losses(logits, inputs), choose(logits, inputs), inputs["index"]
-
-    def _logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        given = {name: inputs[name] for name in INPUTS}
-        return model(**given, logits_to_keep=positions_to_keep(inputs), use_cache=False).logits
 
     def _generate(self, inputs: dict[str, Tensor]) -> Tensor:
         model: Any = self.model

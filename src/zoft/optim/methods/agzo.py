@@ -34,7 +34,7 @@ class AGZO(ZeroOrder):
         self,
         model: nn.Module,
         lr: float = 1e-4,
-        eps: float = 1e-3,
+        eps: float = 1e-2,
         *,
         rank: int = 1,
         power_steps: int | None = 3,

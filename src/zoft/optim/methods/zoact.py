@@ -35,7 +35,7 @@ class ZOAct(ZeroOrder):
         self,
         model: nn.Module,
         lr: float = 1e-3,
-        eps: float = 1e-3,
+        eps: float = 1e-2,
         *,
         rank: int = 1,
         power_steps: int | None = 8,

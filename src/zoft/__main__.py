@@ -1,0 +1,5 @@
+"""``python -m zoft``."""
+
+from zoft.cli import main
+
+main()
