@@ -14,7 +14,7 @@ __all__ = ["AGZO", "LOZO", "MeZO", "ZOAct", "ZOTrainer", "ZeroOrder"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: ``zoft.AGZO`` needs torch, ``zoft.ZOTrainer`` transformers, the command line's help neither."""
+    """Import on first use: ``zoft.AGZO`` needs torch, ``zoft.ZOTrainer`` transformers, ``zoft --help`` neither."""
     if name not in __all__:
         raise AttributeError(f"module 'zoft' has no attribute {name!r}")
     return getattr(importlib.import_module("zoft.train" if name == "ZOTrainer" else "zoft.optim"), name)

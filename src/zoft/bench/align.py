@@ -7,14 +7,14 @@ parameters along noise z), the loss difference weighs the direction with ``<R, G
     E cos(E, G) = beta_D sqrt(D / E||R A^T||^2) ||G A||^2 / (||G|| sqrt(||G A||^2 + ||G_other||^2)),
     beta_D = Gamma(D / 2) / (sqrt(pi) Gamma((D + 1) / 2)),   D = sum of d_out r.
 
-For an orthonormal A and frozen others this is ``beta_D ||G A|| / ||G||``, theorem 5.4 of AGZO (arXiv 2601.17261); MeZO is
-the case A = I.
+For an orthonormal A and frozen others this is ``beta_D ||G A|| / ||G||``, theorem 5.4 of AGZO (arXiv 2601.17261);
+MeZO is the case A = I.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
@@ -54,7 +54,7 @@ class Alignment:
 def align(
     model: nn.Module,
     closures: Sequence[Closure],
-    methods: dict[str, Callable[[nn.Module], ZeroOrder]],
+    methods: Mapping[str, Callable[[nn.Module], ZeroOrder]],
     estimates: int,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Alignment]:

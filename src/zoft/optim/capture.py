@@ -70,11 +70,13 @@ class OfLastInput(Generic[T]):
 
     def __init__(self) -> None:
         self._input: Callable[[], Tensor | None] = lambda: None
+        self._version = 0
         self._value: T | None = None
 
     def get(self, x: Tensor, compute: Callable[[], T]) -> T:
-        if self._input() is not x or self._value is None:
-            self._input, self._value = weakref.ref(x), compute()
+        version = 0 if x.is_inference() else x._version  # counts changes in place
+        if self._input() is not x or self._version != version or self._value is None:
+            self._input, self._version, self._value = weakref.ref(x), version, compute()
         return self._value
 
 

@@ -30,10 +30,10 @@ class Estimate:
     dense: list[tuple[Key, float]] = field(default_factory=list)
     count: int = 0
 
-    def add(self, direction: Direction, coefficient: float) -> None:
-        """Add ``coefficient * direction``."""
+    def add(self, direction: Direction, coefficient: float, scale: float = 1.0) -> None:
+        """Add ``coefficient * direction``, its low-rank part divided by `scale`."""
         for name, factor in direction.factors.items():
-            self.add_factor(name, factor * coefficient)
+            self.add_factor(name, factor * (coefficient / scale))
         self.dense.append((direction.key, coefficient))
 
     def merge(self, other: Estimate) -> None:
@@ -59,7 +59,7 @@ class Probes:
 
     One-sided: ``g = (f(+eps) - f(0)) / eps``, 1 + count forwards, bias linear in eps. Two-sided:
     ``g = (f(+eps) - f(-eps)) / (2 eps)``, 2 count forwards (one more when a basis must be renewed from a clean
-    pass), bias quadratic in eps. The estimate of one direction D is ``g D / scale``.
+    pass), bias quadratic in eps. The estimate of one direction D is ``g D``, its low-rank part divided by `scale`.
 
     A probe whose losses are not finite adds nothing; its projected gradient is returned as it is.
     """
@@ -88,7 +88,7 @@ class Probes:
                 gradient = (plus - centre) / eps
             gradients.append(gradient)
             if math.isfinite(gradient):
-                estimate.add(direction, gradient / (self.count * self.scale))
+                estimate.add(direction, gradient / self.count, self.scale)
         return (centre if centre is not None else sum(losses) / len(losses)), gradients
 
     def __str__(self) -> str:

@@ -25,7 +25,7 @@ class Landscape:
 
     `key` prefixes the noise of the directions drawn, numbered from `drawn` on. If `extract` is given, the bases are
     due for renewal: the next clean pass takes them from the activations and hands them to `renew`. `forwards` counts
-    the passes, `unused` collects the dense parameters that no pass has read through their own module.
+    the passes, `used` collects the maps and dense parameters that a perturbed pass has read.
     """
 
     model: nn.Module
@@ -38,7 +38,7 @@ class Landscape:
     extract: Callable[[LinearMap, Tensor], Basis] | None
     renew: Callable[[dict[str, Tensor]], None]
     forwards: int = 0
-    unused: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._randomness = _Randomness(next(self.model.parameters()).device)
@@ -74,15 +74,23 @@ class Landscape:
             branches.factors = centre | moved
             stack.enter_context(branches.attached())
             used = stack.enter_context(lent(self.model, self.dense, distance, direction.key))
+            branches.used.clear()
             loss = self._forward()
-        self.unused = self.dense.keys() - used
+        self.used |= used | branches.used
         return loss
+
+    @property
+    def unused(self) -> set[str]:
+        """Maps and dense parameters that no perturbed pass has read: the loss says nothing about them."""
+        return (self.dense.keys() | {m.name for m in self.branches.active}) - self.used
 
     def _forward(self) -> float:
         self._randomness.rewind()
         self.forwards += 1
         loss = self.closure()
-        return float(loss.detach().float().mean()) if isinstance(loss, Tensor) else float(loss)
+        if not isinstance(loss, Tensor):
+            return float(loss)
+        return float(loss.detach().cpu().double().mean())  # on the CPU: not every device has float64
 
 
 class _Randomness:

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,9 @@ def find_linear_maps(
     owners: dict[int, list[nn.Module]] = defaultdict(list)
     for module in names:
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and (_is_linear(module, names[module], linear) or _is_lookup(module)):
+        if not isinstance(weight, Tensor):
+            weight = module  # packed under names of its own
+        if _is_linear(module, names[module], linear) or _is_lookup(module):
             owners[id(weight)].append(module)
 
     maps = []
@@ -71,13 +74,18 @@ def find_linear_maps(
         lookups = tuple(m for m in sharing if isinstance(m, nn.Embedding))
         modules = tuple(m for m in sharing if not isinstance(m, nn.Embedding))
         first = sharing[0]
-        name, weight = names[first], first.weight
-        assert isinstance(weight, Tensor)
+        name, weight = names[first], getattr(first, "weight", None)
         if (lookups and not embeddings) or _is_frozen(weight) or not selected(name, include, exclude):
             continue
+        if any(type(m).forward is not nn.Embedding.forward for m in lookups):
+            continue  # an embedding that scales what it reads, or reads other rows than it is asked for
         transposed = _is_conv1d(first)
         d_out, d_in = _shape(first, name)
-        plain = _is_plain(weight) and weight.shape == ((d_in, d_out) if transposed else (d_out, d_in))
+        plain = (
+            isinstance(weight, Tensor)
+            and _is_plain(weight)
+            and weight.shape == ((d_in, d_out) if transposed else (d_out, d_in))
+        )
         maps.append(LinearMap(name, modules, lookups, weight if plain else None, transposed, d_in, d_out))
     if not maps:
         kinds = Counter(type(m).__name__ for m in names if not any(True for _ in m.children()))
@@ -134,11 +142,11 @@ def _is_lookup(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding)
 
 
-def _is_plain(weight: Tensor) -> bool:
+def _is_plain(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
     return type(weight) is nn.Parameter and weight.is_floating_point()
 
 
-def _is_frozen(weight: Tensor) -> bool:
+def _is_frozen(weight: Tensor | None) -> bool:
     return _is_plain(weight) and not weight.requires_grad
 
 
@@ -146,7 +154,7 @@ def _shape(module: nn.Module, name: str) -> tuple[int, int]:
     features = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if None not in features:
         return features  # type: ignore[return-value]
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"module {name!r} has neither in_features/out_features nor a two-dimensional weight")
     d_out, d_in = weight.shape

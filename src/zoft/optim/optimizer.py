@@ -112,8 +112,9 @@ class ZeroOrder(torch.optim.Optimizer):
         self.counters = Counters()
         self.loss, self.projected_gradients = math.nan, []  # type: float, list[float]
         self._states: dict[str, State] = {}
-        self._renewed_at = -1  # step of the last renewal
+        self._renewed_at: int | None = None  # step of the last renewal
         self._drawn = 0  # directions drawn in this step
+        self._unused: set[str] = set()  # dense parameters that the last estimate's passes did not read
         self._estimate: Estimate | None = None
         self._warned: set[str] = set()
 
@@ -157,11 +158,14 @@ class ZeroOrder(torch.optim.Optimizer):
         self.loss, self.projected_gradients = self.estimator(landscape, found)
         self.counters.forwards += landscape.forwards
         self._drawn = landscape.drawn
-        if landscape.unused:
+        for name in landscape.unused:
+            found.factors.pop(name, None)
+        self._unused = landscape.unused & self.dense.keys()
+        if self._unused:
             self._warn(
                 "unused",
-                f"{len(landscape.unused)} parameters are not read through their own module and stay "
-                f"still, for instance {min(landscape.unused)}",
+                f"{len(self._unused)} parameters are not read through their own module and stay "
+                f"still, for instance {min(self._unused)}",
             )
         total = self._estimate = self._estimate or Estimate()
         finite = [g for g in self.projected_gradients if math.isfinite(g)]
@@ -228,20 +232,19 @@ class ZeroOrder(torch.optim.Optimizer):
                 continue
             weight, basis = layer.weight, self.bases[layer.name]
             assert weight is not None
-            if decay != 1:
-                weight.mul_(decay)
             left, right = (basis, move * -lr) if layer.transposed else (move * -lr, basis)
-            add_low_rank_(weight, left, right, self._rounding_key(layer.name))
+            add_low_rank_(weight, left, right, self._rounding_key(layer.name), decay)
         for name, parameter in self.dense.items():
-            if decay != 1 and parameter.dim() > 1:
-                parameter.mul_(decay)
+            if name in self._unused:
+                continue
+            shrink = decay if parameter.dim() > 1 else 1.0
             terms = [((*key, name), c / estimate.count) for key, c in estimate.dense]
             if self.update.stateless:
-                add_noise_(parameter, [(key, -lr * c) for key, c in terms], self._rounding_key(name))
+                add_noise_(parameter, [(key, -lr * c) for key, c in terms], self._rounding_key(name), shrink)
             else:
                 gradient = torch.zeros_like(parameter, dtype=torch.float32)
                 add_noise_(gradient, terms, ())
-                add_dense_(parameter, self._move(name, gradient) * -lr, self._rounding_key(name))
+                add_dense_(parameter, self._move(name, gradient) * -lr, self._rounding_key(name), shrink)
 
     def _move(self, name: str, gradient: Tensor) -> Tensor:
         return self.update(gradient, self._states.setdefault(name, {}))
@@ -253,10 +256,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     @property
     def _due(self) -> bool:
-        if isinstance(self.subspace, Full):
-            return False
-        step = self.counters.steps
-        return not self.bases or (self._renewed_at != step and self.subspace.due(step))
+        return not isinstance(self.subspace, Full) and self.subspace.due(self.counters.steps, self._renewed_at)
 
     def set_bases(self, bases: dict[str, Tensor]) -> None:
         """Move in these bases (float32 [d_in, r], by map name) from now on; maps without one stay still."""
@@ -296,6 +296,8 @@ class ZeroOrder(torch.optim.Optimizer):
             "active": [m.name for m in self.branches.active],
             "renewed_at": self._renewed_at,
             "seed": self.seed,
+            "layers": self._layers(),
+            "into": self.update.into,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -304,8 +306,13 @@ class ZeroOrder(torch.optim.Optimizer):
         Raises:
             ValueError: it belongs to other layers than this model's.
         """
-        unknown = set(state_dict["state"]) - {m.name for m in self.maps} - set(self.dense)
-        if unknown or len(state_dict["param_groups"]) != len(self.param_groups):
+        theirs = state_dict.get("layers", {})
+        unknown = {str(n) for n, s in self._layers().items() if theirs.get(n) != s} | (theirs.keys() - self._layers())
+        if (
+            unknown
+            or state_dict.get("into") != self.update.into
+            or len(state_dict["param_groups"]) != len(self.param_groups)
+        ):
             raise ValueError(
                 f"this optimizer state is of another model or method (for instance {min(unknown, default='groups')})"
             )
@@ -313,8 +320,12 @@ class ZeroOrder(torch.optim.Optimizer):
         self.bases.clear()
         self.coefficients.clear()
         self._states.clear()
+        moved: dict[int, Tensor] = {}  # layers that share a basis share it again
         for name, values in state_dict["state"].items():
-            values = {k: v.clone() if k == "steps" else v.to(device[name], copy=True) for k, v in values.items()}
+            for k, v in values.items():
+                if id(v) not in moved:
+                    moved[id(v)] = v.clone() if k == "steps" else v.to(device[name], copy=True)
+            values = {k: moved[id(v)] for k, v in values.items()}
             for kind, tensors in (("basis", self.bases), ("coefficients", self.coefficients)):
                 if kind in values:
                     tensors[name] = values.pop(kind)
@@ -326,6 +337,10 @@ class ZeroOrder(torch.optim.Optimizer):
         self.branches.active = [m for m in self.maps if m.name in state_dict["active"]]
         self._renewed_at, self.seed = state_dict["renewed_at"], state_dict["seed"]
         self._estimate, self._drawn = None, 0
+
+    def _layers(self) -> dict[str, list[int]]:
+        maps = {m.name: [m.d_out, m.d_in] for m in self.maps}
+        return maps | {name: list(p.shape) for name, p in self.dense.items()}
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:

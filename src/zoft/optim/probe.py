@@ -56,6 +56,7 @@ class SideBranches:
         self.active: list[LinearMap] = []
         self.bases: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
+        self.used: set[str] = set()
         self._handles: list[Any] = []
         self._projected = OfLastInput[tuple[Tensor, Tensor]]()
 
@@ -87,12 +88,14 @@ class SideBranches:
             factor = self.factors.get(name)
             if factor is None:
                 return None
+            self.used.add(name)
             return y + (factor[args[0]] @ self.bases[name].t()).to(y.dtype)
 
         def linear(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
             factor = self.factors.get(name)
             if factor is None:
                 return None
+            self.used.add(name)
             return y + self._project(args[0], self.bases[name]).to(y.dtype) @ factor.t().to(y.dtype)
 
         return lookup if isinstance(module, nn.Embedding) else linear
@@ -111,9 +114,10 @@ def lent(model: nn.Module, parameters: dict[str, nn.Parameter], scale: float, ke
     the parameters whose owners have been called so far.
     """
     used: set[str] = set()
+    lent_out: set[str] = set()
     with ExitStack() as handles:
         for module, names in owners_of(model, parameters):
-            loan = _Loan({name: parameters[name] for name in names}, scale, key, used)
+            loan = _Loan({name: parameters[name] for name in names}, scale, key, used, lent_out)
             # The hook that puts back runs even when the forward raises.
             handles.callback(module.register_forward_hook(loan.give_back, always_call=True).remove)
             handles.callback(module.register_forward_pre_hook(loan.take).remove)
@@ -121,20 +125,25 @@ def lent(model: nn.Module, parameters: dict[str, nn.Parameter], scale: float, ke
 
 
 class _Loan:
-    def __init__(self, parameters: dict[str, nn.Parameter], scale: float, key: Key, used: set[str]) -> None:
-        self.parameters, self.scale, self.key, self.used = parameters, scale, key, used
-        self.originals: dict[str, Tensor] = {}
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], scale: float, key: Key, used: set[str], lent: set[str]
+    ) -> None:
+        self.parameters, self.scale, self.key, self.used, self.lent = parameters, scale, key, used, lent
+        self.originals: list[dict[str, Tensor]] = []  # one entry a call: modules nest
 
     def take(self, *_: Any) -> None:
+        self.originals.append({})
         for name, parameter in self.parameters.items():
             self.used.add(name)
-            self.originals[name] = parameter.data
-            parameter.data = shifted(parameter.data, self.scale, (*self.key, name))
+            if name not in self.lent:  # else an enclosing module holds it too, and has it on loan
+                self.lent.add(name)
+                self.originals[-1][name] = parameter.data
+                parameter.data = shifted(parameter.data, self.scale, (*self.key, name))
 
     def give_back(self, *_: Any) -> None:
-        for name, original in self.originals.items():
+        for name, original in self.originals.pop().items():
             self.parameters[name].data = original
-        self.originals.clear()
+            self.lent.remove(name)
 
 
 def shifted(tensor: Tensor, scale: float, key: Key) -> Tensor:

@@ -1,7 +1,6 @@
 """First axis: in which directions may a layer move?
 
-A subspace gives every linear map a basis A [d_in, r] and says at which steps it is due for renewal (the first basis is
-due in any case). Bases are float32, by map
+A subspace gives every linear map a basis A [d_in, r] and says when it is due for renewal. Bases are float32, by map
 name; a map without one (an expert that saw no token) stays still.
 """
 
@@ -42,8 +41,9 @@ class RandomLowRank:
     def __post_init__(self) -> None:
         _check(self.rank, self.renew_every)
 
-    def due(self, step: int) -> bool:
-        return step % self.renew_every == 0
+    def due(self, step: int, renewed_at: int | None) -> bool:
+        """Whether the bases of step `renewed_at` (None: there are none yet) are to be replaced at `step`."""
+        return renewed_at is None or step // self.renew_every != renewed_at // self.renew_every
 
     def draw(self, maps: Sequence[LinearMap], key: Key) -> dict[str, Tensor]:
         """New bases, keyed by noise stream `key`."""
@@ -71,9 +71,14 @@ class Activation:
 
     def __post_init__(self) -> None:
         _check(self.rank, 1 if self.renew_every is None else self.renew_every)
+        if self.power_steps is not None and self.power_steps < 0:
+            raise ValueError(f"power_steps must be None or at least 0, not {self.power_steps}")
 
-    def due(self, step: int) -> bool:
-        return self.renew_every is not None and step % self.renew_every == 0
+    def due(self, step: int, renewed_at: int | None) -> bool:
+        """Whether the bases of step `renewed_at` (None: there are none yet) are to be replaced at `step`."""
+        if renewed_at is None or self.renew_every is None:
+            return renewed_at is None
+        return step // self.renew_every != renewed_at // self.renew_every
 
     def extract(self, layer: LinearMap, rows: Tensor, key: Key) -> Basis:
         """The basis of input activations `rows` [T, d_in]; the test matrix comes from noise stream `key`."""

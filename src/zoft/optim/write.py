@@ -18,35 +18,37 @@ _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's mantissa
 
 
 @torch.no_grad()
-def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor, key: Key) -> None:
-    """``weight += left right^T`` for `weight` [m, n], float32 `left` [m, r] and `right` [n, r]."""
+def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor, key: Key, decay: float = 1.0) -> None:
+    """``weight = decay weight + left right^T`` for `weight` [m, n], float32 `left` [m, r] and `right` [n, r]."""
     if weight.dtype not in _DROPPED_BITS:
-        weight.addmm_(left.to(weight.dtype), right.t().to(weight.dtype))
+        weight.addmm_(left.to(weight.dtype), right.t().to(weight.dtype), beta=decay)
         return
     rows = max(1, ELEMENTS // weight.shape[1])
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows]
-        exact = torch.addmm(part.float(), left[start : start + rows], right.t())
+        exact = torch.addmm(part.float(), left[start : start + rows], right.t(), beta=decay)
         part.copy_(_dithered(exact, weight.dtype, start * weight.shape[1], key))
 
 
 @torch.no_grad()
-def add_noise_(parameter: Tensor, terms: list[tuple[Key, float]], key: Key) -> None:
-    """``parameter += sum of c z`` over `terms` (stream of z, c), a chunk at a time."""
-    flat = parameter.view(-1)
+def add_noise_(parameter: Tensor, terms: list[tuple[Key, float]], key: Key, decay: float = 1.0) -> None:
+    """``parameter = decay parameter + sum of c z`` over `terms` (stream of z, c), a chunk at a time."""
+    flat = parameter.view(-1) if parameter.is_contiguous() else parameter.reshape(-1)
     streams = [normal_chunks(stream_key, flat.numel(), device=flat.device) for stream_key, _ in terms]
     for parts in zip(*streams, strict=True):
         where = parts[0][0]
-        exact = _exact(flat[where])
+        exact = _exact(flat[where]).mul_(decay)
         for (_, z), (_, coefficient) in zip(parts, terms, strict=True):
             exact.add_(z, alpha=coefficient)
         flat[where] = _dithered(exact, flat.dtype, where.start, key)
+    if not parameter.is_contiguous():
+        parameter.copy_(flat.view(parameter.shape))
 
 
 @torch.no_grad()
-def add_dense_(parameter: Tensor, delta: Tensor, key: Key) -> None:
-    """``parameter += delta``, `delta` float32 of the same shape."""
-    parameter.copy_(_dithered(_exact(parameter).add_(delta), parameter.dtype, 0, key))
+def add_dense_(parameter: Tensor, delta: Tensor, key: Key, decay: float = 1.0) -> None:
+    """``parameter = decay parameter + delta``, `delta` float32 of the same shape."""
+    parameter.copy_(_dithered(_exact(parameter).mul_(decay).add_(delta), parameter.dtype, 0, key))
 
 
 def _exact(weight: Tensor) -> Tensor:
@@ -62,5 +64,10 @@ def _dithered(exact: Tensor, dtype: torch.dtype, offset: int, key: Key) -> Tenso
     start, gamma = stream(key)
     index = torch.arange(offset, offset + exact.numel(), dtype=torch.int32, device=exact.device)
     dither = index.mul_(gamma & low).add_(start & low).bitwise_and_(low).view(exact.shape)
+    if dtype == torch.float16:  # its subnormal numbers, multiples of 2^-24, drop more bits: round those by hand
+        small = exact.abs() < 2**-14
+        units = torch.where(small, exact, 0) * 2**24 + (dither + 0.5) / (low + 1)
+        exact.view(torch.int32).add_(dither).bitwise_and_(~low)
+        return torch.where(small, units.floor() * 2**-24, exact)
     exact.view(torch.int32).add_(dither).bitwise_and_(~low)
     return exact

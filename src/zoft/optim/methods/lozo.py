@@ -45,7 +45,7 @@ class LOZO(ZeroOrder):
             lr=lr,
             eps=eps,
             subspace=RandomLowRank(rank, renew_every),
-            estimator=Probes(probes, two_sided=True),
+            estimator=Probes(probes, two_sided=True, scale=rank),
             update=SGD(momentum),
             others=others,
             **options,
