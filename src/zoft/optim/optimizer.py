@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -280,72 +281,57 @@ class ZeroOrder(torch.optim.Optimizer):
     # --- checkpoints ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that continuing needs besides the model: tensors by layer name, groups, counters, seed.
-
-        An estimate that has not been stepped on is not part of it.
-        """
-        state = {name: dict(values) for name, values in self._states.items()}
-        for kind, tensors in (("basis", self.bases), ("coefficients", self.coefficients)):
-            for name, tensor in tensors.items():
-                state.setdefault(name, {})[kind] = tensor
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        """Everything that continuing needs besides the model. An estimate not stepped on yet is not part of it."""
         return {
-            "state": state,
-            "param_groups": groups,
-            "counters": vars(self.counters).copy(),
+            "made_for": self._made_for(),
+            "state": {"bases": self.bases, "coefficients": self.coefficients, "updates": self._states},
             "active": [m.name for m in self.branches.active],
             "renewed_at": self._renewed_at,
+            "counters": asdict(self.counters),
             "seed": self.seed,
-            "layers": self._layers(),
-            "into": self.update.into,
+            "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict`. Tensors keep float32 whatever the weights' dtype.
+        """Continue from `state_dict`. Tensors keep their dtype (float32), whatever that of the weights.
 
         Raises:
-            ValueError: it belongs to other layers than this model's.
+            ValueError: it belongs to another model, or to a method of another kind.
         """
-        theirs = state_dict.get("layers", {})
-        unknown = {str(n) for n, s in self._layers().items() if theirs.get(n) != s} | (theirs.keys() - self._layers())
-        if (
-            unknown
-            or state_dict.get("into") != self.update.into
-            or len(state_dict["param_groups"]) != len(self.param_groups)
-        ):
-            raise ValueError(
-                f"this optimizer state is of another model or method (for instance {min(unknown, default='groups')})"
-            )
-        device = {m.name: m.device for m in self.maps} | {n: p.device for n, p in self.dense.items()}
-        self.bases.clear()
-        self.coefficients.clear()
-        self._states.clear()
-        moved: dict[int, Tensor] = {}  # layers that share a basis share it again
-        for name, values in state_dict["state"].items():
-            for k, v in values.items():
-                if id(v) not in moved:
-                    moved[id(v)] = v.clone() if k == "steps" else v.to(device[name], copy=True)
-            values = {k: moved[id(v)] for k, v in values.items()}
-            for kind, tensors in (("basis", self.bases), ("coefficients", self.coefficients)):
-                if kind in values:
-                    tensors[name] = values.pop(kind)
-            if values:
-                self._states[name] = values
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update(saved)
-        self.counters = Counters(**state_dict["counters"])
+        if state_dict.get("made_for") != self._made_for():
+            raise ValueError("this optimizer state is of another model, or of a method that trains something else")
+        devices = {m.name: m.device for m in self.maps} | {name: p.device for name, p in self.dense.items()}
+        state = copy.deepcopy(state_dict["state"])  # layers that share a basis share its copy
+        for own, loaded in ((self.bases, state["bases"]), (self.coefficients, state["coefficients"])):
+            own.clear()
+            own.update(_moved(loaded, devices))
+        self._states = {
+            name: {k: v if v.dim() == 0 else v.to(devices[name]) for k, v in values.items()}
+            for name, values in state["updates"].items()
+        }
         self.branches.active = [m for m in self.maps if m.name in state_dict["active"]]
         self._renewed_at, self.seed = state_dict["renewed_at"], state_dict["seed"]
+        self.counters = Counters(**state_dict["counters"])
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved)
         self._estimate, self._drawn = None, 0
 
-    def _layers(self) -> dict[str, list[int]]:
-        maps = {m.name: [m.d_out, m.d_in] for m in self.maps}
-        return maps | {name: list(p.shape) for name, p in self.dense.items()}
+    def _made_for(self) -> dict[str, Any]:
+        shapes = {m.name: [m.d_out, m.d_in] for m in self.maps} | {n: list(p.shape) for n, p in self.dense.items()}
+        return {"into": self.update.into, "shapes": shapes}
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(f"{message} (step {self.counters.steps}; said once, counted on)", stacklevel=4)
+
+
+def _moved(tensors: dict[str, Tensor], devices: dict[str, torch.device]) -> dict[str, Tensor]:
+    """`tensors` on the devices of their layers; one that several layers share stays one."""
+    moved: dict[tuple[int, torch.device], Tensor] = {}
+    for name, tensor in tensors.items():
+        moved.setdefault((id(tensor), devices[name]), tensor.to(devices[name]))
+    return {name: moved[id(tensor), devices[name]] for name, tensor in tensors.items()}
 
 
 def _check(lr: float, eps: float, weight_decay: float, others: str, subspace: Subspace, update: Update) -> None:
