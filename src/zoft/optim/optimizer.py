@@ -299,7 +299,9 @@ class ZeroOrder(torch.optim.Optimizer):
             ValueError: it belongs to another model, or to a method of another kind.
         """
         if state_dict.get("made_for") != self._made_for():
-            raise ValueError("this optimizer state is of another model, or of a method that trains something else")
+            raise ValueError(
+                "this optimizer state is of another model or method: it trains other layers, or in another way"
+            )
         devices = {m.name: m.device for m in self.maps} | {name: p.device for name, p in self.dense.items()}
         state = copy.deepcopy(state_dict["state"])  # layers that share a basis share its copy
         for own, loaded in ((self.bases, state["bases"]), (self.coefficients, state["coefficients"])):
