@@ -60,19 +60,18 @@ def align(
 ) -> dict[str, Alignment]:
     """Compare `estimates` estimates of each method with the true gradient, spread over the batches of `closures`.
 
-    The model's weights are not changed. `closures` return the mean loss of their batch; `methods` make an optimizer
-    for the model. The gradient takes as much memory as the model's weights.
+    The model, its gradients included, is not changed. `closures` return the mean loss of their batch; `methods` make
+    an optimizer for the model. The gradient takes as much memory as the model's weights.
     """
     maps = [m for m in find_linear_maps(model) if m.weight is not None]
     found = {name: Alignment() for name in methods}
-    optimizers: dict[str, ZeroOrder] = {}
+    optimizers = {name: make(model) for name, make in methods.items()}  # for all batches, so that no noise recurs
+    for optimizer in optimizers.values():
+        optimizer.branches.detach()  # its coefficients are 0 and stay so
     for number, closure in enumerate(closures):
         progress(f"batch {number + 1} of {len(closures)}: backward")
         gradients = _true_gradients(model, closure)
-        for name, make in methods.items():
-            optimizer = optimizers.get(name) or make(model)
-            if optimizer.keeps_coefficients:
-                optimizers[name] = optimizer  # its basis is taken once, from the first batch
+        for name, optimizer in optimizers.items():
             share = estimates // len(closures) + (number < estimates % len(closures))
             progress(f"batch {number + 1} of {len(closures)}: {name}")
             before = optimizer.counters.forwards
@@ -82,17 +81,15 @@ def align(
                 assert estimate is not None
                 _compare(found[name], optimizer, estimate, maps, gradients)
             found[name].forwards += optimizer.counters.forwards - before
-            optimizer.branches.detach()
     return found
 
 
 def _true_gradients(model: nn.Module, closure: Closure) -> dict[int, Tensor]:
     """The gradient of every parameter that has one, float32 on its device, by the parameter's identity."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.enable_grad():
-        closure().float().mean().backward()
-    gradients = {id(p): p.grad.float() for p in model.parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return gradients
+        gradients = torch.autograd.grad(closure().float().mean(), parameters, allow_unused=True)
+    return {id(p): g.float() for p, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
 def _compare(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
 import typer
 
 from zoft.cli.align import align
+from zoft.cli.demo import demo
 from zoft.cli.eval import evaluate
 from zoft.cli.methods import methods
 from zoft.cli.report import report
@@ -26,6 +28,7 @@ app = typer.Typer(
 app.command()(train)
 app.command(name="eval")(evaluate)
 app.command()(align)
+app.command()(demo)
 app.command()(report)
 app.command()(methods)
 app.command()(tasks)
@@ -41,9 +44,14 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise
         fail(f"cannot write {error.filename or 'a file'}: {error.strerror}")
+    except Exception as error:
+        full = os.strerror(errno.ENOSPC)  # the writers of weights have exceptions of their own for it
+        if full not in str(error):
+            raise
+        fail(f"cannot write a file: {full}")
 
 
 def fail(message: str) -> None:
-    """Say `message` on standard error and exit with code 2."""
-    print(f"zoft: {message}", file=sys.stderr)
+    """Say `message`, in one line, on standard error and exit with code 2."""
+    print(f"zoft: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

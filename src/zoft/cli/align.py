@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zoft.cli import common
 from zoft.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from zoft.bench import Alignment
 
 
 def align(
@@ -22,12 +28,12 @@ def align(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 16,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", help="An option of the methods, such as -o rank=4. Repeatable."),
+        typer.Option("--option", "-o", help="An option of the methods that have it, such as -o rank=4. Repeatable."),
     ] = None,
     eps: Annotated[float | None, typer.Option(help="Distance of a probe. Default: each method's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the batches and the noise.")] = 0,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="The cosine of every layer, too.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Save a plot here (.png or .svg).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Save a plot here (.png, .svg or .pdf).")] = None,
     dtype: common.Dtype = "float32",
     device: common.Device = None,
     as_json: common.Json = False,
@@ -38,62 +44,91 @@ def align(
     """
     if not task:
         raise UserError("nothing to align on: give --task NAME (see zoft tasks)")
+    if plot is not None and not (plot.parent.is_dir() and plot.suffix in (".png", ".svg", ".pdf")):
+        raise UserError(f"cannot save a plot as {plot}: give a .png, .svg or .pdf file in a folder that exists")
     from zoft.bench import align as run
-    from zoft.data import Collator, Encoder, TaskDataset, load_rows, load_task, losses, read_logits, sample
-    from zoft.optim import METHODS
-    from zoft.train.models import load_model, max_length
-    from zoft.train.optimizers import FIRST_ORDER, method_options, require_method
+    from zoft.data import load_rows, load_task, sample
+    from zoft.train import load_model
 
-    chosen = {}
-    for name in (part.strip() for part in methods.split(",") if part.strip()):
-        require_method(name)
-        if name in FIRST_ORDER:
-            raise UserError(f"{name} is first-order: its estimate is the gradient itself")
-        settings = method_options(name, common.parse_options(option or []))
-        settings |= {"seed": seed, "lr": 0.0} | ({"eps": eps} if eps is not None else {})
-        chosen[name] = partial(METHODS[name], **settings)
-    if not chosen:
-        raise UserError("--methods names no method")
-
-    console = common.console(quiet=as_json)
-    description = load_task(task)
-    network, tokenizer = load_model(model, dtype=dtype or "float32", device=device)
+    options = common.parse_options(option or [])
+    chosen = _methods(methods, options, {"seed": seed, "lr": 0.0} | ({"eps": eps} if eps is not None else {}))
+    console, description = common.console(quiet=as_json), load_task(task)
     rows = sample(load_rows(description, data, "train"), batches * batch_size, seed)
     if len(rows) < batches * batch_size:
         raise UserError(f"{batches} batches of {batch_size} need {batches * batch_size} rows; there are {len(rows)}")
-    items = TaskDataset(rows, Encoder(tokenizer, description, max_length(network)))
-    collate = Collator(tokenizer.pad_token_id, "train")
-    groups = [
-        {name: tensor.to(network.device) for name, tensor in collate([items[i + k] for k in range(batch_size)]).items()}
-        for i in range(0, len(rows), batch_size)
-    ]
-    closures = [lambda batch=batch: losses(read_logits(network, batch), batch).mean() for batch in groups]
+    network, tokenizer = load_model(model, dtype=dtype or "float32", device=device)
+    closures = _closures(network, tokenizer, description, rows, batch_size)
     with console.status("") as status:
         found = run(network, closures, chosen, estimates, lambda message: status.update(message))
+
     result = {name: alignment.summary() for name, alignment in found.items()}
-    layers = {
-        name: {layer: sum(values) / len(values) for layer, values in alignment.layers.items()}
-        for name, alignment in found.items()
-    }
     if plot is not None:
         from zoft.report.plots import save_comparison
 
         save_comparison(plot, [{"method": name, **facts} for name, facts in result.items()], title=description.title)
     if as_json:
         facts = {"model": model, "task": description.name, "batch_size": batch_size, "batches": batches, "seed": seed}
-        common.print_json(facts | {"methods": result} | ({"layers": layers} if per_layer else {}))
+        common.print_json(facts | {"methods": result} | ({"layers": _layers(found)} if per_layer else {}))
         return
+    _print(console, result, _layers(found) if per_layer else {})
+    if plot is not None:
+        console.print(f"plot: {plot}")
+
+
+def _methods(names: str, options: dict[str, Any], settings: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+    """A maker of an optimizer for each method, with those of `options` that it has."""
+    from zoft.train.optimizers import FIRST_ORDER, method_options, require_method, zero_order
+
+    known: dict[str, dict[str, Any]] = {}
+    for name in (part.strip() for part in names.split(",") if part.strip()):
+        require_method(name)
+        if name in FIRST_ORDER:
+            raise UserError(f"{name} is first-order: its estimate is the gradient itself")
+        known[name] = method_options(name, {})
+    if not known:
+        raise UserError("--methods names no method")
+    stray = {option: value for option, value in options.items() if not any(option in own for own in known.values())}
+    method_options(next(iter(known)), stray)  # says what is wrong, if any is stray
+    return {
+        name: partial(
+            zero_order,
+            name,
+            options=method_options(name, {o: v for o, v in options.items() if o in own}) | settings,
+        )
+        for name, own in known.items()
+    }
+
+
+def _closures(network: Any, tokenizer: Any, task: Any, rows: list[dict[str, Any]], size: int) -> list[Callable]:
+    """The mean loss of each batch of `size` rows."""
+    from zoft.data import Collator, Encoder, TaskDataset, losses, read_logits
+    from zoft.train.models import room
+
+    items = TaskDataset(rows, Encoder(tokenizer, task, room(network, task)))
+    collate = Collator(tokenizer.pad_token_id, "train")
+    batches = [collate([items[i + k] for k in range(size)]) for i in range(0, len(rows), size)]
+    on_device = [{name: tensor.to(network.device) for name, tensor in batch.items()} for batch in batches]
+    return [lambda batch=batch: losses(read_logits(network, batch), batch).mean() for batch in on_device]
+
+
+def _layers(found: dict[str, Alignment]) -> dict[str, dict[str, float]]:
+    """The mean cosine of every layer, by method."""
+    return {
+        name: {layer: sum(values) / len(values) for layer, values in alignment.layers.items()}
+        for name, alignment in found.items()
+    }
+
+
+def _print(console: Console, result: dict[str, dict[str, Any]], layers: dict[str, dict[str, float]]) -> None:
     from rich.table import Table
 
     table = Table("method", "cosine", "± s.e.", "predicted", "capture", "estimates", "forwards", box=None)
-    for name, f in result.items():
-        numbers = [f["cosine_mean"], f["cosine_sem"], f["predicted_cosine"], f["capture"]]
-        table.add_row(name, *(f"{number:.3g}" for number in numbers), str(f["estimates"]), str(f["forwards"]))
+    for name, facts in result.items():
+        numbers = (f"{facts[key]:.3g}" for key in ("cosine_mean", "cosine_sem", "predicted_cosine", "capture"))
+        table.add_row(name, *numbers, str(facts["estimates"]), str(facts["forwards"]))
     console.print(table)
-    if per_layer:
+    if layers:
         table = Table("layer", *layers, box=None)
         for layer in next(iter(layers.values())):
             table.add_row(layer, *(f"{values[layer]:.3g}" for values in layers.values()))
         console.print(table)
-    if plot is not None:
-        console.print(f"plot: {plot}")

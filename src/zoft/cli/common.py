@@ -44,6 +44,19 @@ def console(quiet: bool) -> Console:
     return Console(quiet=quiet, highlight=False)
 
 
+def print_summary(console: Console, summary: dict[str, Any], out: Path) -> None:
+    """What a run came to, in words, and where it lies."""
+    console.print(
+        f"{summary['metric']} [bold]{summary['initial']:.3f} -> {summary['best']:.3f}[/] on "
+        f"{summary['examples']['validation']} validation rows, after {summary['forwards']} forwards in "
+        f"{summary['seconds']:.0f} s ({summary['peak_memory_bytes'] / 2**30:.1f} GiB at most)"
+    )
+    for kind in ("model", "adapter"):
+        if (out / kind).is_dir():
+            console.print(f"{kind}: {out / kind}")
+    console.print(f"report: {out / 'report.html'}")
+
+
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on standard output."""
     json.dump(value, sys.stdout, ensure_ascii=False)

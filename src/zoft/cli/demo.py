@@ -1,0 +1,53 @@
+"""``zoft demo``."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zoft.cli import common
+
+# Found by trying (docs/results.md): larger learning rates diverge on whole answers, smaller ones crawl.
+SETTINGS: dict[str, Any] = {
+    "task": "squad",
+    "method": "agzo",
+    "lr": 3e-5,
+    "steps": 100,
+    "batch_size": 8,
+    "dev_examples": 40,
+    "eval_steps": 25,
+    "eval_batch_size": 32,
+}
+
+
+def demo(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the word *demo*.")] = "demo",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of AGZO, two forwards each.")] = SETTINGS["steps"],
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    as_json: common.Json = False,
+) -> None:
+    """Watch a small language model learn to answer questions, by forward passes only.
+
+    Trains SmolLM2-135M-Instruct with AGZO on a bundled sample of SQuAD, in a few minutes on two cores.
+    """
+    from zoft.train import TrainConfig
+    from zoft.train import train as run
+    from zoft.train.run import read_json
+
+    console = common.console(quiet=as_json)
+    with as_file(files("zoft.demo") / "squad") as data:
+        given = {"model": model, "steps": steps, "data": str(data), "out": str(out)}
+        summary = run(TrainConfig.load(None, **SETTINGS | given), console)
+    if as_json:
+        common.print_json(summary)
+        return
+    for example in read_json(out / "examples.json"):
+        question = example["prompt"].split("Question:")[1].split("\n")[0].strip()
+        console.print(f"\n[bold]{question}[/]")
+        for moment in ("before", "after", "answer"):
+            console.print(f"  {moment + ':':8}", " ".join(example[moment].split())[:90] or "(nothing)", markup=False)
+    console.print()
+    common.print_summary(console, summary, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +16,7 @@ def evaluate(
     data: common.Data = None,
     shots: Annotated[int, typer.Option(min=0, help="Training rows shown with their answers before each prompt.")] = 0,
     examples: Annotated[int | None, typer.Option(min=1, help="Validation rows. Default: all.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 32,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples in a batch.")] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of shots.")] = 0,
     max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of an example.")] = None,
     template: common.Template = None,
@@ -28,13 +29,18 @@ def evaluate(
 ) -> None:
     """Measure MODEL on a task's validation rows, zero-shot or with examples in the prompt.
 
+    For a run of *zoft train*, task, data and precision are the run's where no flag says otherwise.
+
     zoft eval demo --task sst2 --shots 4
+
+    zoft eval runs/sst2
     """
     from zoft.train import TrainConfig
     from zoft.train.evaluate import evaluate as run
 
+    settings = Path(model) / "config.yaml"
     config = TrainConfig.load(
-        None,
+        settings if settings.is_file() else None,
         model=model,
         task=task,
         data=str(data) if data else None,

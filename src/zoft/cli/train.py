@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -90,7 +91,7 @@ def train(
         "device": device,
     }
     if resume is not None:
-        given = [name for name, value in flags.items() if value and name != "steps"]
+        given = [name for name, value in flags.items() if value not in (None, {}) and name != "steps"]
         if given or config:
             raise UserError(f"--resume takes its settings from the run; leave out {', '.join(given) or '--config'}")
         if not (resume / "config.yaml").is_file():
@@ -102,16 +103,13 @@ def train(
 
     settings = TrainConfig.load(config, **flags)
     console = common.console(quiet=as_json)
-    summary = run(settings, console, resume=resume is not None)
+    try:
+        summary = run(settings, console, resume=resume is not None)
+    except KeyboardInterrupt:
+        if (Path(settings.out) / "config.yaml").is_file():
+            print(f"zoft: interrupted; continue with: zoft train --resume {settings.out}", file=sys.stderr)
+        raise
     if as_json:
         common.print_json(summary)
         return
-    console.print(
-        f"{summary['metric']} [bold]{summary['initial']:.3f} -> {summary['best']:.3f}[/] on "
-        f"{summary['validation_examples']} validation rows, after {summary['forwards']} forwards in "
-        f"{summary['seconds']:.0f} s ({summary['peak_memory_bytes'] / 2**30:.1f} GiB at most)"
-    )
-    for kind in ("model", "adapter"):
-        if (Path(settings.out) / kind).is_dir():
-            console.print(f"{kind}: {Path(settings.out) / kind}")
-    console.print(f"report: {Path(settings.out) / 'report.html'}")
+    common.print_summary(console, summary, Path(settings.out))

@@ -81,9 +81,9 @@ def _count(run: Run, split: str) -> int | None:
 
 
 def _method_title(name: Any) -> str:
-    from zoft.optim.methods import METHODS
+    from zoft.optim import METHODS
 
-    return METHODS[name].__name__ if name in METHODS else str(name)
+    return getattr(METHODS.get(name), "__name__", str(name).upper())  # a preset of another method has no name
 
 
 def _task_title(name: Any) -> str:

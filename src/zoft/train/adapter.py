@@ -8,6 +8,7 @@ from pathlib import Path
 from peft import LoraConfig, TaskType
 from safetensors.torch import save_file
 
+from zoft.errors import UserError
 from zoft.optim import ZeroOrder
 
 
@@ -18,11 +19,11 @@ def save_adapter(optimizer: ZeroOrder, folder: Path) -> None:
     (too few tokens, or too narrow an input) has its own rank in ``rank_pattern``.
 
     Raises:
-        ValueError: there are no coefficients yet.
+        UserError: there are no coefficients: no estimate was made, or none had a finite loss.
     """
     ranks = {name: factor.shape[1] for name, factor in optimizer.coefficients.items()}
     if not ranks:
-        raise ValueError("there are no coefficients to save: estimate or calibrate first")
+        raise UserError("there are no coefficients to save: no estimate so far had a finite loss")
     rank = Counter(ranks.values()).most_common(1)[0][0]
     different = {name: r for name, r in ranks.items() if r != rank}
     model = optimizer.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ class RunLog(TrainerCallback):
         self.seconds = 0.0
         self._started = 0.0
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A resumed run goes on from the seconds of its checkpoint; what was logged after it happens again."""
+        texts = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
+        kept = [text for text in texts if _step(text) <= state.global_step]
+        if kept:
+            self.seconds = json.loads(kept[-1])["seconds"]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started = time.perf_counter()
 
@@ -40,8 +49,12 @@ class RunLog(TrainerCallback):
             self.write(state.global_step, logs)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line."""
-        facts = {name: value for name, value in values.items() if not name.endswith(NOISE)}
+        """Append one line; a number that JSON cannot hold becomes null."""
+        facts = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+            if not name.endswith(NOISE)
+        }
         line = {"step": step, "forwards": self.forwards(step), "seconds": round(self.seconds, 3), **facts}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -83,5 +96,14 @@ class LiveProgress(TrainerCallback):
         if self._metric in logs:
             self._progress.console.print(f"step {state.global_step}: dev {self._metric[5:]} {logs[self._metric]:.3f}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
         self._progress.stop()
+
+
+def _step(text: str) -> float:
+    """The step of a line of the log; infinite for a line that an interrupted run has torn."""
+    try:
+        return json.loads(text)["step"]
+    except ValueError:
+        return math.inf

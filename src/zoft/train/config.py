@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
 from zoft.data import Task, custom_task, load_task, parse_words
 from zoft.errors import UserError
-from zoft.train.optimizers import method_options, require_method
+from zoft.train.models import DTYPES, find_device
+from zoft.train.optimizers import FIRST_ORDER, method_options, require_method
+from zoft.train.values import as_type, near_miss
+
+SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")
 
 
 @dataclass
@@ -64,9 +65,27 @@ class TrainConfig:
             self.method_options.pop(unused, None)
         self._check()
 
+    @property
+    def first_order(self) -> bool:
+        """Whether the method is one of the references that need backpropagation."""
+        return self.method in FIRST_ORDER
+
+    @property
+    def weights_dtype(self) -> str:
+        """The dtype in which weights are held: first-order steps would vanish in half precision."""
+        return "float32" if self.first_order else self.dtype
+
+    @property
+    def autocast(self) -> bool:
+        """Whether to compute in bfloat16 with float32 weights, as is usual for first-order methods."""
+        return self.first_order and self.dtype in ("auto", "bfloat16")
+
     def load_task(self) -> Task:
         """The task named by `task`, or the one that `template`, `words` and `label` describe."""
         if self.task is not None:
+            own = [name for name in ("template", "words", "label", "metric") if getattr(self, name) is not None]
+            if own:
+                raise UserError(f"{own[0]} describes your own task: leave it out, or leave out task {self.task!r}")
             return load_task(self.task)
         words = parse_words(self.words) if self.words is not None else None
         return custom_task(self.template, words, self.label, self.metric)
@@ -83,19 +102,18 @@ class TrainConfig:
             UserError: the file cannot be read, or a value is unknown, of the wrong type, or out of its range.
         """
         values = read_yaml(path) if path is not None else {}
-        options = {**(values.get("method_options") or {}), **(flags.pop("method_options", None) or {})}
-        values |= {name: value for name, value in flags.items() if value is not None}
-        known = typing.get_type_hints(cls)
-        where = f" in {path}" if path is not None else ""
-        for name, value in values.items():
+        known, where = get_type_hints(cls), f" in {path}" if path is not None else ""
+        for name in values:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                raise UserError(f"unknown setting {name!r}{where}" + (f"; did you mean {close[0]}?" if close else ""))
-            values[name] = _as_type(name, value, known[name])
+                raise UserError(f"unknown setting {name!r}{where}; {near_miss(name, known)}")
+        values = {name: value for name, value in values.items() if value is not None}
+        options = as_type("method_options", values.get("method_options", {}), dict) | flags.pop("method_options", {})
+        values |= {name: value for name, value in flags.items() if value is not None}
+        values = {name: as_type(name, value, known[name]) for name, value in values.items()}
         if not values.get("model"):
             raise UserError("no model: name one, such as demo, a hub id, a folder or a .gguf file")
         if not values.get("task") and not values.get("data"):
-            raise UserError("nothing to train on: give --task NAME (see zoft tasks), or --data FILE")
+            raise UserError("no task: give --task NAME (see zoft tasks), or your own with --data FILE")
         return cls(**{**values, "method_options": options})
 
     def _check(self) -> None:
@@ -106,6 +124,14 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"{name} must be at least {lowest}, not {value}")
+        if find_device(self.device).index:
+            raise UserError(f"device {self.device!r}: training uses the first device; hide the others from it")
+        if self.seed >= 2**32:
+            raise UserError(f"seed must be below 2**32, not {self.seed}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"unknown dtype {self.dtype!r}; {near_miss(self.dtype, DTYPES)}")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"unknown schedule {self.schedule!r}; {near_miss(self.schedule, SCHEDULES)}")
         for name in ("lr", "eps", "weight_decay"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -130,20 +156,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"config file {path} holds no settings of the form name: value")
     return values
-
-
-def _as_type(name: str, value: Any, hint: Any) -> Any:
-    """`value`, if it is (or reads as) a `hint`; YAML reads 1e-4 as text, so numbers are read here."""
-    if value is None:
-        return value
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kind = next(k for k in kinds if k is not types.NoneType)
-    kind = typing.get_origin(kind) or kind
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            return kind(value)
-        except (TypeError, ValueError):
-            pass
-    elif isinstance(value, kind):
-        return value
-    raise UserError(f"{name} must be of type {kind.__name__}, not {value!r}")

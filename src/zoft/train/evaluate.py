@@ -5,12 +5,10 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from transformers import TrainingArguments
-
 from zoft.data import Encoder, TaskDataset, load_rows, sample
+from zoft.train.arguments import training_arguments
 from zoft.train.config import TrainConfig
-from zoft.train.models import load_model
-from zoft.train.run import room
+from zoft.train.models import load_model, room
 from zoft.train.task_trainer import TaskTrainer
 
 
@@ -21,22 +19,13 @@ def evaluate(config: TrainConfig, shots: int = 0) -> dict[str, Any]:
         UserError: anything the user can mend.
     """
     task = config.load_task()
-    model, tokenizer = load_model(config.model, dtype=config.dtype, device=config.device)
     shown = sample(load_rows(task, config.data, "train"), shots, config.seed) if shots else []
     rows = load_rows(task, config.data, "validation")
     rows = sample(rows, config.eval_examples or len(rows), 0)
-    dataset = TaskDataset(rows, Encoder(tokenizer, task, room(config, task, model), shown))
+    model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device)
+    dataset = TaskDataset(rows, Encoder(tokenizer, task, room(model, task, config.max_length), shown))
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            output_dir=folder,
-            per_device_eval_batch_size=config.eval_batch_size,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            report_to="none",
-            use_cpu=config.device == "cpu",
-        )
-        trainer = TaskTrainer(model, tokenizer, task, args, eval_dataset=dataset)
+        trainer = TaskTrainer(model, tokenizer, task, training_arguments(config, task, folder), eval_dataset=dataset)
         found = trainer.evaluate()
     result: dict[str, Any] = {"task": task.name, "model": config.model, "shots": shots, "metric": task.metric}
     result |= {name: found[f"eval_{name}"] for name in (task.metric, *task.also, "loss") if f"eval_{name}" in found}

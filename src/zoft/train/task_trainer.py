@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from torch.utils.data import DataLoader, Sampler
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zoft.data import Collator, Task, choose, losses, read_logits, score
 from zoft.train.trainer import ZOTrainer
 
 
+class EpochSampler(Sampler[int]):
+    """Batches of like length, shuffled: little padding.
+
+    The order depends on the seed and the epoch alone, so that a resumed run goes on with the batches it would have
+    had.
+    """
+
+    def __init__(self, trainer: Trainer, lengths: list[int]) -> None:
+        self._trainer, self._lengths = trainer, lengths
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        args = self._trainer.args
+        batches = math.ceil(len(self) / args.train_batch_size)
+        epoch = self._trainer.state.global_step // math.ceil(batches / args.gradient_accumulation_steps)
+        generator = torch.Generator().manual_seed(args.seed + epoch)
+        batch = args.train_batch_size * args.gradient_accumulation_steps
+        return iter(LengthGroupedSampler(batch, lengths=self._lengths, generator=generator))
+
+
 class TaskTrainer(ZOTrainer):
     """A `ZOTrainer` whose loss, batches and metrics are a task's.
 
-    After an evaluation, `predictions` holds what was predicted, by row number: a candidate's index or a text.
+    After an evaluation, `predictions` holds what was predicted, by row number: a candidate's index or a text. With
+    ``args.save_strategy="best"``, checkpoints are saved at a new best and, if `save_steps` is given, every so many
+    steps (where it is evaluated) and at the end.
     """
 
     def __init__(
@@ -27,9 +60,10 @@ class TaskTrainer(ZOTrainer):
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
         args: TrainingArguments,
+        save_steps: int | None = None,
         **rest: Any,
     ) -> None:
-        self.task, self.tokenizer = task, tokenizer
+        self.task, self.tokenizer, self.save_steps = task, tokenizer, save_steps
         self.predictions: dict[int, int | str] = {}
         self._collate = {
             "train": Collator(tokenizer.pad_token_id, "train"),
@@ -38,14 +72,14 @@ class TaskTrainer(ZOTrainer):
         }
         super().__init__(model, args, data_collator=self._collate["train"], processing_class=tokenizer, **rest)
 
+        self.remove_callback(PrinterCallback)  # it prints on standard output
+        self.model_accepts_loss_kwargs = False  # the loss below is a batch's mean, whatever a step accumulates
+
     # --- batches ---------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        """Batches of like length, shuffled: little padding."""
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = train_dataset or self.train_dataset
-        generator = torch.Generator().manual_seed(self.args.seed)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, lengths=dataset.lengths, generator=generator)
+        return EpochSampler(self, dataset.lengths)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """Longest first: no padding to speak of, and a batch too large for the memory shows at once."""
@@ -78,13 +112,13 @@ class TaskTrainer(ZOTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Losses [B] (none for generation), predicted candidates [B] or tokens [B, new], and row numbers [B]."""
+        """The mean loss (none for generation), predicted candidates [B] or tokens [B, new], and row numbers [B]."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             if self.task.kind == "generation":
                 return None, self._generate(inputs), inputs["index"]
             logits = read_logits(model, inputs)
-            return losses(logits, inputs), choose(logits, inputs), inputs["index"]
+            return losses(logits, inputs).mean(), choose(logits, inputs), inputs["index"]
 
     def _generate(self, inputs: dict[str, Tensor]) -> Tensor:
         model: Any = self.model
@@ -95,10 +129,18 @@ class TaskTrainer(ZOTrainer):
             max_new_tokens=self.task.max_new_tokens,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self._ends(),
             stop_strings=self.task.stop,
             tokenizer=self.tokenizer,
         )
         return output[:, prompt.shape[1] :]
+
+    def _ends(self) -> list[int] | None:
+        """Tokens that end a text: those that the model declares, and the tokenizer's, which answers end in."""
+        model: Any = self.model
+        declared = model.generation_config.eos_token_id
+        ends = {*(declared if isinstance(declared, list) else [declared]), self.tokenizer.eos_token_id}
+        return sorted(ends - {None}) or None
 
     # --- metrics ---------------------------------------------------------------------------------------------
 
@@ -113,6 +155,13 @@ class TaskTrainer(ZOTrainer):
 
         self.compute_metrics = compute_metrics
         return super().evaluate(dataset, ignore_keys, metric_key_prefix)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether to save now."""
+        best = super()._determine_best_metric(metrics, trial)
+        step = self.state.global_step
+        due = self.save_steps is not None and (step % self.save_steps == 0 or step >= self.state.max_steps)
+        return best or due
 
     def _decode(self, predictions: Any) -> list[Any]:
         if self.task.kind != "generation":

@@ -23,7 +23,8 @@ class ZOTrainer(Trainer):
     optimizer (or none) it is the Trainer unchanged.
 
     The model runs in eval mode while it is probed (dropout would only add noise to the loss differences). Methods
-    that train coefficients beside frozen weights save a PEFT adapter instead of the weights.
+    that train coefficients beside frozen weights save a PEFT adapter instead of the weights. Under gradient
+    accumulation the estimates of a step's batches are averaged, each from the mean loss of its own batch.
     """
 
     @property
@@ -43,7 +44,7 @@ class ZOTrainer(Trainer):
 
         def closure() -> Any:
             with self.compute_loss_context_manager():
-                return self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+                return self.compute_loss(model, inputs)
 
         loss = optimizer.estimate(closure).to(self.args.device)
         return loss / self.current_gradient_accumulation_steps

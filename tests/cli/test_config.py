@@ -1,0 +1,97 @@
+"""Settings: flag over file over default, and a run's own file reproduces it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from zoft.errors import UserError
+from zoft.train import TrainConfig
+
+from .conftest import Outcome
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    [file] = [*out.glob("model/*.safetensors"), *out.glob("adapter/*.safetensors")]
+    return load_file(file)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--method", "agzo", "-o", "rank=2", "-o", "two_sided=true", "--lr", "1e-3", "--seed", "3"),
+        ("--method", "zo-act", "-o", "exclude=*.mlp.*", "--accumulate", "2", "--schedule", "linear"),
+        ("--method", "lora", "-o", "rank=2", "--lr", "1e-2"),
+    ],
+)
+def test_config_reproduces_the_run(
+    flags: tuple[str, ...], train: Callable[..., Outcome], zoft: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    run, again = tmp_path / "run", tmp_path / "again"
+    assert train(*flags).code == 0
+    assert zoft("train", "--config", run / "config.yaml", "--out", again).code == 0
+    assert_same(run, again)
+    assert train(*flags, "--seed", 9, out=tmp_path / "other").code == 0
+    with pytest.raises(AssertionError):
+        assert_same(run, tmp_path / "other")
+
+
+def test_flag_over_file_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: m\ntask: sst2\nsteps: 7\nlr: 1e-4\nmethod_options: {rank: 2, probes: 3}\n")
+    config = TrainConfig.load(file, steps=5, method_options={"rank": 4})
+    assert (config.steps, config.lr, config.batch_size) == (5, 1e-4, 16)
+    assert config.method_options["rank"] == 4 and config.method_options["probes"] == 3
+    assert (config.eps, config.method_options["two_sided"]) == (1e-2, False)
+
+
+def test_saved_config_is_complete(tmp_path: Path) -> None:
+    config = TrainConfig.load(None, model="m", task="sst2", method="zo-act")
+    config.save(tmp_path / "config.yaml")
+    assert TrainConfig.load(tmp_path / "config.yaml") == config
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()).keys() == TrainConfig.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model: m\ntask: sst2\nstesp: 3", "unknown setting 'stesp'.*did you mean steps"),
+        ("model: m\ntask: sst2\n3: 3", "unknown setting 3"),
+        ("model: m\ntask: sst2\nsteps: 2.5", "steps must be of type int, not 2.5"),
+        ("model: m\ntask: sst2\nsteps: true", "steps must be of type int, not True"),
+        ("model: m\ntask: sst2\nsteps: many", "steps must be of type int, not 'many'"),
+        ("model: m\ntask: sst2\nlr: fast", "lr must be of type float"),
+        ("model: m\ntask: sst2\nmethod_options: rank", "method_options must be of type dict"),
+        ("model: m\ntask: sst2\nmethod_options: {others: both}", "others must be one of frozen, gaussian"),
+        ("model: m\ntask: sst2\nmethod_options: {include: 3}", "include must be of type list of str"),
+        ("model: m\ntask: sst2\nseed: 5000000000", "seed must be below"),
+        ("model: m\nsteps: 3", "no task"),
+        ("task: sst2", "no model"),
+        ("- model: m", "no settings of the form"),
+        ("model: [m", "is not YAML"),
+    ],
+)
+def test_bad_file(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        TrainConfig.load(file)
+
+
+def test_null_is_the_default(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: m\ntask: sst2\nsteps: null\n")
+    assert TrainConfig.load(tmp_path / "config.yaml").steps == 300
+
+
+def test_own_task_and_built_in_task_do_not_mix() -> None:
+    with pytest.raises(UserError, match="template describes your own task"):
+        TrainConfig.load(None, model="m", task="sst2", template="{text} It was").load_task()

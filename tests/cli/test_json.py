@@ -1,0 +1,37 @@
+"""``--json``: one JSON object on standard output and nothing else."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .conftest import Outcome
+
+
+def test_train(train: Callable[..., Outcome]) -> None:
+    outcome = train("--json")
+    assert outcome.json()["method"] == "agzo"
+    assert outcome.err == ""
+
+
+def test_eval(zoft: Callable[..., Outcome], model: Path, data: Path) -> None:
+    found = zoft("eval", model, "--task", "sst2", "--data", data, "--shots", 2, "--json").json()
+    assert found["examples"] == 21 and 0 <= found["accuracy"] <= 1 and found["loss"] > 0
+
+
+def test_align(zoft: Callable[..., Outcome], model: Path, data: Path) -> None:
+    few = ("--estimates", 4, "--batches", 2, "--batch-size", 4)
+    found = zoft("align", model, "--task", "sst2", "--data", data, "--methods", "agzo,mezo", *few, "--json").json()
+    assert found["methods"].keys() == {"agzo", "mezo"}
+    for facts in found["methods"].values():
+        assert {"cosine_mean", "cosine_sem", "predicted_cosine", "capture", "forwards"} <= facts.keys()
+        assert facts["estimates"] == 4 and facts["forwards"] == 8
+    assert found["methods"]["mezo"]["capture"] == 1
+
+
+def test_tasks(zoft: Callable[..., Outcome]) -> None:
+    assert zoft("tasks", "--json").json()["sst2"]["kind"] == "classification"
+
+
+def test_methods(zoft: Callable[..., Outcome]) -> None:
+    found = zoft("methods", "--json").json()
+    assert found.keys() == {"mezo", "lozo", "lozo-m", "agzo", "zo-act"}
+    assert found["agzo"]["lr"] > 0

@@ -1,0 +1,133 @@
+"""``zoft train``: what it leaves behind, for every method."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import zoft.train.run
+from train.tiny import TOKENIZER
+from zoft import __version__
+
+from .conftest import Outcome
+
+LEARNING_RATES = {
+    "agzo": 1e-2,
+    "zo-act": 1e-2,
+    "mezo": 1e-3,
+    "lozo": 1e-3,
+    "lozo-m": 1e-3,
+    "fo-sgd": 1e-2,
+    "fo-adamw": 1e-3,
+    "lora": 1e-2,
+}
+SUMMARY = {
+    *("task", "model", "method", "seed", "steps", "forwards", "examples_seen", "metric", "initial", "final", "best"),
+    *("seconds", "seconds_per_step", "peak_memory_bytes", "zoft_version"),
+}
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PreTrainedModel]]:
+    """The models that training loads, and therefore trains."""
+    models: list[PreTrainedModel] = []
+    load = zoft.train.run.load_model
+
+    def record(*args: Any, **options: Any) -> Any:
+        model, tokenizer = load(*args, **options)
+        models.append(model)
+        return model, tokenizer
+
+    monkeypatch.setattr(zoft.train.run, "load_model", record)
+    yield models
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    batch = TOKENIZER(["a fine film It was", "a dull film It was"], return_tensors="pt")
+    return model.eval()(input_ids=batch.input_ids).logits
+
+
+def load_result(out: Path, base: Path) -> Any:
+    if (out / "model").is_dir():
+        return AutoModelForCausalLM.from_pretrained(out / "model")
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "adapter")
+
+
+@pytest.mark.parametrize("method", LEARNING_RATES)
+def test_run(
+    method: str,
+    train: Callable[..., Outcome],
+    zoft: Callable[..., Outcome],
+    loaded: list[PreTrainedModel],
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    outcome = train("--method", method, "--lr", LEARNING_RATES[method])
+    assert outcome.code == 0, outcome.err
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY
+    assert (summary["method"], summary["steps"], summary["seed"], summary["task"]) == (method, 4, 0, "sst2")
+    assert (summary["examples_seen"], summary["zoft_version"]) == (32, __version__)
+    assert summary["examples"] == {"train": 24, "dev": 6, "validation": 21}
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (config["method"], config["lr"], config["steps"]) == (method, LEARNING_RATES[method], 4)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_accuracy" in line] == [0, 2, 4]
+    assert lines[-1]["forwards"] == summary["forwards"] > 0
+    assert "<html" in (out / "report.html").read_text()
+    assert {entry.name for entry in out.iterdir()} == {
+        *("config.yaml", "metrics.jsonl", "summary.json", "initial.json", "examples.json", "report.html"),
+        "adapter" if method in ("zo-act", "lora") else "model",
+    }
+
+    [trained] = loaded
+    torch.testing.assert_close(logits(load_result(out, model)), logits(trained), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(trained), logits(AutoModelForCausalLM.from_pretrained(model)), atol=1e-3)
+    assert_evaluates_to(summary, zoft("eval", out, "--json").json(), out)
+
+
+def assert_evaluates_to(summary: dict[str, Any], found: dict[str, Any], out: Path) -> None:
+    """What was kept gives, evaluated on its own, what it gave at the end of training."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
+    assert found["accuracy"] == summary["best"]
+    assert found["loss"] == pytest.approx(last, rel=1e-5)
+
+
+def test_first_order_in_bfloat16_is_evaluated_as_it_was_trained(
+    train: Callable[..., Outcome], zoft: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    summary = train("--method", "fo-sgd", "--dtype", "bfloat16", "--json").json()
+    assert_evaluates_to(summary, zoft("eval", tmp_path / "run", "--json").json(), tmp_path / "run")
+
+
+def test_best_of_the_checkpoints_is_kept(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    """The best evaluation may lie between two checkpoints: where nothing changes, the first is the best."""
+    out = tmp_path / "run"
+    summary = train("--lr", 0, "--save-steps", 4, "--json", steps=8).json()
+    assert summary["best_step"] == 2
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-8"]
+
+
+def test_training_that_diverges_still_ends_in_a_report(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    summary = train("--method", "agzo", "--lr", 1e30, "--json").json()
+    assert summary["skipped"] > 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in lines and "Infinity" not in lines
+
+
+def test_constant_schedule_warms_up(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert train("--warmup-steps", 8, "--lr", 0.008).code == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    [rate] = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert rate == pytest.approx(0.003)  # of the fourth step, the first having had 0

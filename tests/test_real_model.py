@@ -1,0 +1,30 @@
+"""One short run of a real pretrained model, as a new user would start it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_a_pretrained_model_trains_on_the_bundled_sample(tmp_path: Path) -> None:
+    """AGZO on SmolLM2: losses stay those of a sane model, the summary is whole, the saved model evaluates the same."""
+    out, sample = tmp_path / "run", Path(__file__).parents[1] / "src/zoft/demo/squad"
+    common = ["--task", "squad", "--data", str(sample), "--eval-examples", "8", "--json"]
+    flags = ["--lr", "3e-5", "--steps", "12", "--batch-size", "4", "--eval-steps", "12", "--dev-examples", "8"]
+    summary = zoft("train", "demo", *common, *flags, "--out", str(out))
+    assert (summary["method"], summary["forwards"], summary["skipped"], summary["zero"]) == ("agzo", 24, 0, 0)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses and all(math.isfinite(loss) and loss < 6 for loss in losses)
+    again = zoft("eval", str(out), *[flag if flag != "--eval-examples" else "--examples" for flag in common])
+    assert again["f1"] == summary["best"]
+
+
+def zoft(*arguments: str) -> dict:
+    """What a command with --json prints."""
+    done = subprocess.run([sys.executable, "-m", "zoft", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
