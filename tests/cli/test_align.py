@@ -30,7 +30,8 @@ def test_layers(align: Callable[..., Outcome]) -> None:
 
 @pytest.mark.parametrize("name", ["plot.png", "plot.svg"])
 def test_plot(name: str, align: Callable[..., Outcome], tmp_path: Path) -> None:
-    assert align("--plot", tmp_path / name).code == 0
+    assert align("--per-layer", "--plot", tmp_path / name).code == 0
+    assert (tmp_path / name.replace(".", "-layers.")).stat().st_size > 1000
     assert (tmp_path / name).stat().st_size > 1000
 
 

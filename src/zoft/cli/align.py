@@ -33,7 +33,10 @@ def align(
     eps: Annotated[float | None, typer.Option(help="Distance of a probe. Default: each method's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the batches and the noise.")] = 0,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="The cosine of every layer, too.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Save a plot here (.png, .svg or .pdf).")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Save a plot here (.png, .svg or .pdf), with --per-layer a second one beside it."),
+    ] = None,
     dtype: common.Dtype = "float32",
     device: common.Device = None,
     as_json: common.Json = False,
@@ -62,15 +65,19 @@ def align(
         found = run(network, closures, chosen, estimates, lambda message: status.update(message))
 
     result = {name: alignment.summary() for name, alignment in found.items()}
+    layers = _layers(found) if per_layer else {}
     if plot is not None:
-        from zoft.report.plots import save_comparison
+        from zoft.report.plots import save_comparison, save_layers
 
         save_comparison(plot, [{"method": name, **facts} for name, facts in result.items()], title=description.title)
+        if per_layer:
+            values = {name: list(cosines.values()) for name, cosines in layers.items()}
+            save_layers(plot.with_stem(f"{plot.stem}-layers"), values, "cosine to the true gradient")
     if as_json:
         facts = {"model": model, "task": description.name, "batch_size": batch_size, "batches": batches, "seed": seed}
-        common.print_json(facts | {"methods": result} | ({"layers": _layers(found)} if per_layer else {}))
+        common.print_json(facts | {"methods": result} | ({"layers": layers} if per_layer else {}))
         return
-    _print(console, result, _layers(found) if per_layer else {})
+    _print(console, result, layers)
     if plot is not None:
         console.print(f"plot: {plot}")
 
