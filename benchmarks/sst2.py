@@ -22,8 +22,8 @@ CELLS = Path(__file__).parent / "results" / "sst2"
 GRIDS = {
     "agzo": ["1e-4", "3e-4", "1e-3"],
     "zo-act": ["3e-4", "1e-3", "3e-3", "1e-2"],
-    "lozo": ["1e-6", "3e-6", "1e-5"],
-    "mezo": ["3e-7", "1e-6", "3e-6"],
+    "lozo": ["1e-6", "3e-6", "1e-5", "3e-5"],
+    "mezo": ["1e-6", "3e-6", "1e-5"],
     "fo-adamw": ["3e-6", "1e-5", "3e-5"],
 }
 STEPS = {"fo-adamw": 200}  # a first-order step costs about three forwards, the others here two

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from zoft.train.files import write_text
 from zoft.train.memory import peak_memory_bytes
 
 NOISE = ("_runtime", "_per_second", "_preparation_time", "grad_norm", "epoch")  # of transformers' log lines
@@ -35,7 +36,7 @@ class RunLog(TrainerCallback):
         kept = [text for text in texts if _step(text) <= state.global_step]
         if kept:
             self.seconds = json.loads(kept[-1])["seconds"]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        write_text(self.path, "".join(kept))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started = time.perf_counter()

@@ -12,6 +12,7 @@ import yaml
 
 from zoft.data import Task, custom_task, load_task, parse_words
 from zoft.errors import UserError
+from zoft.train.files import write_text
 from zoft.train.models import DTYPES, find_device
 from zoft.train.optimizers import FIRST_ORDER, method_options, require_method
 from zoft.train.values import as_type, near_miss
@@ -92,7 +93,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write every field as YAML."""
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_text(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True))
 
     @classmethod
     def load(cls, path: Path | None, **flags: Any) -> TrainConfig:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from zoft.report import write_report
 from zoft.train.arguments import training_arguments
 from zoft.train.callbacks import LiveProgress, RunLog
 from zoft.train.config import TrainConfig
+from zoft.train.files import read_json, write_json
 from zoft.train.memory import peak_memory_bytes
 from zoft.train.models import load_model, room
 from zoft.train.optimizers import build
@@ -151,18 +150,6 @@ def load_splits(config: TrainConfig, task: Task) -> dict[str, list[Row]]:
         "dev": dev,
         "validation": sample(validation, config.eval_examples or len(validation), 0),
     }
-
-
-def read_json(path: Path) -> Any:
-    """The value that `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` aside and rename it into place."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _checkpoint(out: Path) -> str | None:
