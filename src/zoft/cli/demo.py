@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
 def demo(
     model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the word *demo*.")] = "demo",
     steps: Annotated[int, typer.Option(min=1, help="Steps of AGZO, two forwards each.")] = SETTINGS["steps"],
-    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    out: Annotated[Path | None, typer.Option(help="The run folder. Default: a new one in runs/.")] = None,
     as_json: common.Json = False,
 ) -> None:
     """Watch a small language model learn to answer questions, by forward passes only.
@@ -35,9 +35,9 @@ def demo(
     """
     from zoft.train import TrainConfig
     from zoft.train import train as run
-    from zoft.train.files import read_json
+    from zoft.train.files import free_folder, read_json
 
-    console = common.console(quiet=as_json)
+    console, out = common.console(quiet=as_json), out or free_folder(Path("runs/demo"))
     with as_file(files("zoft.demo") / "squad") as data:
         given = {"model": model, "steps": steps, "data": str(data), "out": str(out)}
         summary = run(TrainConfig.load(None, **SETTINGS | given), console)

@@ -12,7 +12,7 @@ import yaml
 
 from zoft.data import Task, custom_task, load_task, parse_words
 from zoft.errors import UserError
-from zoft.train.files import write_text
+from zoft.train.files import free_folder, write_text
 from zoft.train.models import DTYPES, find_device
 from zoft.train.optimizers import FIRST_ORDER, method_options, require_method
 from zoft.train.values import as_type, near_miss
@@ -22,7 +22,11 @@ SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")
 
 @dataclass
 class TrainConfig:
-    """Everything that determines a run. None for `lr` and `eps` means the method's own default."""
+    """Everything that determines a run.
+
+    None for `lr` and `eps` means the method's own default; no `out`, a new folder of ``runs/`` named after task and
+    method.
+    """
 
     model: str
     task: str | None = None
@@ -55,7 +59,7 @@ class TrainConfig:
     eval_steps: int = 50
     save_steps: int | None = None
     log_steps: int = 10
-    out: str = "runs/zoft"
+    out: str = ""
 
     def __post_init__(self) -> None:
         require_method(self.method)
@@ -64,6 +68,7 @@ class TrainConfig:
         self.eps = self.method_options.pop("eps", None) if self.eps is None else self.eps
         for unused in ("lr", "eps"):
             self.method_options.pop(unused, None)
+        self.out = self.out or str(free_folder(Path("runs") / f"{self.task or 'own'}-{self.method}"))
         self._check()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -23,3 +24,9 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The value that `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def free_folder(path: Path) -> Path:
+    """`path`, or the first of ``path-2``, ``path-3``, ... that is not there yet."""
+    candidates = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(candidate for candidate in candidates if not candidate.exists())
