@@ -46,10 +46,10 @@ def console(quiet: bool) -> Console:
 
 def print_summary(console: Console, summary: dict[str, Any], out: Path) -> None:
     """What a run came to, in words, and where it lies."""
+    changes = (f"{name} [bold]{old:.3f} -> {new:.3f}[/]" for name, (old, new) in summary["metrics"].items())
     console.print(
-        f"{summary['metric']} [bold]{summary['initial']:.3f} -> {summary['best']:.3f}[/] on "
-        f"{summary['examples']['validation']} validation rows, after {summary['forwards']} forwards in "
-        f"{summary['seconds']:.0f} s ({summary['peak_memory_bytes'] / 2**30:.1f} GiB at most)"
+        f"{', '.join(changes)} on {summary['examples']['validation']} validation rows, after "
+        f"{summary['forwards']} forwards in {summary['seconds']:.0f} s ({summary['peak_memory_bytes'] / 2**30:.1f} GiB at most)"
     )
     for kind in ("model", "adapter"):
         if (out / kind).is_dir():

@@ -17,7 +17,7 @@ SETTINGS: dict[str, Any] = {
     "lr": 3e-5,
     "steps": 250,
     "batch_size": 8,
-    "dev_examples": 40,
+    "dev_examples": 80,
     "eval_steps": 50,
     "eval_batch_size": 32,
 }

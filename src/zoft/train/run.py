@@ -71,7 +71,8 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
 
     def validate() -> dict[str, Any]:
         found = trainer.evaluate(data["validation"], metric_key_prefix="validation")
-        return {"metric": found[f"validation_{task.metric}"], "texts": _texts(trainer, data["validation"])}
+        metrics = {name: found[f"validation_{name}"] for name in (task.metric, *task.also)}
+        return {"metrics": metrics, "texts": _texts(trainer, data["validation"])}
 
     out.mkdir(parents=True, exist_ok=True)
     config.save(out / "config.yaml")
@@ -80,7 +81,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         write_json(out / "initial.json", validate())
         trainer.evaluate()
     initial = read_json(out / "initial.json")
-    console.print(f"{task.title}: {task.metric} {initial['metric']:.3f} before training")
+    console.print(f"{task.title}: {task.metric} {initial['metrics'][task.metric]:.3f} before training")
 
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -104,9 +105,10 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         "forwards": forwards(steps),
         "examples_seen": steps * config.batch_size * config.accumulate,
         "metric": task.metric,
-        "initial": initial["metric"],
-        "final": final["metric"],
-        "best": best["metric"],
+        "initial": initial["metrics"][task.metric],
+        "final": final["metrics"][task.metric],
+        "best": best["metrics"][task.metric],
+        "metrics": {name: [initial["metrics"][name], best["metrics"][name]] for name in initial["metrics"]},
         "best_step": trainer.state.best_global_step,
         "best_dev": trainer.state.best_metric,
         "seconds": round(log.seconds, 3),
