@@ -49,7 +49,8 @@ def print_summary(console: Console, summary: dict[str, Any], out: Path) -> None:
     changes = (f"{name} [bold]{old:.3f} -> {new:.3f}[/]" for name, (old, new) in summary["metrics"].items())
     console.print(
         f"{', '.join(changes)} on {summary['examples']['validation']} validation rows, after "
-        f"{summary['forwards']} forwards in {summary['seconds']:.0f} s ({summary['peak_memory_bytes'] / 2**30:.1f} GiB at most)"
+        f"{summary['forwards']} forwards in {summary['seconds']:.0f} s "
+        f"({summary['peak_memory_bytes'] / 2**30:.1f} GiB at most)"
     )
     for kind in ("model", "adapter"):
         if (out / kind).is_dir():
