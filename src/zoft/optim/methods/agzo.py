@@ -22,8 +22,7 @@ class AGZO(ZeroOrder):
     gradient of the loss smoothed over the subspace, projected on it.
 
     Departures: parameters that are no linear layer stay frozen unless ``others="gaussian"``, where the paper perturbs
-    them with dense noise; with a tied embedding that noise outweighs the subspace (measured in
-    docs/methods.md).
+    them with dense noise; see docs/results.md.
     The default eps suits bfloat16 losses; the paper's 1e-7 drowns in rounding. As for every method, padding never
     enters the activations, and half-precision weights are written with stochastic rounding.
     """
