@@ -44,8 +44,8 @@ class ZeroOrder(torch.optim.Optimizer):
 
     A closure runs the model forward once and returns its mean loss, or one loss per example (shape [batch]). It is
     called under ``torch.no_grad``, several times per step, each time with the same global random state (one
-    dropout mask), which ends up as if it had been called once. `estimate` changes no parameter and no buffer (but what the
-    model's own forward changes: a BatchNorm in train mode counts every pass).
+    dropout mask), which ends up as if it had been called once. `estimate` changes no parameter and no buffer, except
+    what the model's own forward changes: a BatchNorm in train mode counts every pass.
 
     Args:
         model: any module; padding is recognised from the ``attention_mask`` keyword of its forward.
