@@ -30,7 +30,7 @@ def assert_same(one: Path, other: Path) -> None:
     [
         ("--method", "agzo", "-o", "rank=2", "-o", "two_sided=true", "--lr", "1e-3", "--seed", "3"),
         ("--method", "zo-act", "-o", "exclude=*.mlp.*", "--accumulate", "2", "--schedule", "linear"),
-        ("--method", "lora", "-o", "rank=2", "--lr", "1e-2"),
+        ("--method", "lora", "-o", "rank=2", "--lr", "3e-3"),
     ],
 )
 def test_config_reproduces_the_run(
@@ -51,7 +51,7 @@ def test_flag_over_file_over_default(tmp_path: Path) -> None:
     config = TrainConfig.load(file, steps=5, method_options={"rank": 4})
     assert (config.steps, config.lr, config.batch_size) == (5, 1e-4, 16)
     assert config.method_options["rank"] == 4 and config.method_options["probes"] == 3
-    assert (config.eps, config.method_options["two_sided"]) == (1e-2, False)
+    assert (config.eps, config.method_options["two_sided"]) == (3e-3, False)
 
 
 def test_saved_config_is_complete(tmp_path: Path) -> None:

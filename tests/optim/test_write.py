@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zoft.optim.noise import normal
-from zoft.optim.write import ELEMENTS, add_dense_, add_low_rank_, add_noise_
+from zoft.optim.write import ELEMENTS, _dithered, add_dense_, add_low_rank_, add_noise_
 
 HALF = [torch.bfloat16, torch.float16]
 WIDE = [torch.float32, torch.float64]
@@ -87,6 +87,16 @@ def test_a_low_rank_write_equals_the_dense_write(dtype: torch.dtype, shape: tupl
     differing = (low_rank != dense).double().mean()
     assert differing < 1e-3  # the two sums may round apart in float32's last bit
     torch.testing.assert_close(low_rank, dense)
+
+
+@pytest.mark.parametrize("offset", [2**31 - 1000, 2**62 + 777], ids=hex)
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_dither_repeats_every_65536_elements_however_large_the_weight(dtype: torch.dtype, offset: int) -> None:
+    exact, first = normal((0, "w"), (2000,)), offset % 2**16
+    far = _dithered(exact.clone(), dtype, offset, (3,))
+    assert torch.equal(far, _dithered(exact.clone(), dtype, first, (3,)))
+    whole = _dithered(torch.cat([torch.zeros(first), exact]), dtype, 0, (3,))
+    assert torch.equal(far, whole[first:])
 
 
 @pytest.mark.parametrize("dtype", [*HALF, *WIDE])

@@ -1,5 +1,6 @@
-"""Measurements: how estimates align with the true gradient."""
+"""Measurements: how estimates align with the true gradient, how finite differences err."""
 
 from zoft.bench.align import Alignment, align, expected_cosine
+from zoft.bench.curve import Ladder, finite_difference_errors
 
-__all__ = ["Alignment", "align", "expected_cosine"]
+__all__ = ["Alignment", "Ladder", "align", "expected_cosine", "finite_difference_errors"]

@@ -20,13 +20,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from zoft.bench.gradient import Closure, Gradients, dense_products, true_gradients
 from zoft.optim import Estimate, LinearMap, ZeroOrder
 from zoft.optim.layers import find_linear_maps
-from zoft.optim.noise import normal_chunks
-
-Closure = Callable[[], Tensor]
 
 
 @dataclass
@@ -70,7 +68,7 @@ def align(
         optimizer.branches.detach()  # its coefficients are 0 and stay so
     for number, closure in enumerate(closures):
         progress(f"batch {number + 1} of {len(closures)}: backward")
-        gradients = _true_gradients(model, closure)
+        gradients = true_gradients(model, closure)
         for name, optimizer in optimizers.items():
             share = estimates // len(closures) + (number < estimates % len(closures))
             progress(f"batch {number + 1} of {len(closures)}: {name}")
@@ -84,16 +82,8 @@ def align(
     return found
 
 
-def _true_gradients(model: nn.Module, closure: Closure) -> dict[int, Tensor]:
-    """The gradient of every parameter that has one, float32 on its device, by the parameter's identity."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(closure().float().mean(), parameters, allow_unused=True)
-    return {id(p): g.float() for p, g in zip(parameters, gradients, strict=True) if g is not None}
-
-
 def _compare(
-    found: Alignment, optimizer: ZeroOrder, estimate: Estimate, maps: list[LinearMap], gradients: dict[int, Tensor]
+    found: Alignment, optimizer: ZeroOrder, estimate: Estimate, maps: list[LinearMap], gradients: Gradients
 ) -> None:
     own = {m.name: m for m in optimizer.maps}
     names = {id(p): name for name, p in optimizer.dense.items()}
@@ -117,7 +107,7 @@ def _compare(
             caught += float((seen.t() @ seen * torch.linalg.inv(gram)).sum())
             probed += layer.d_out * basis.shape[1]
         elif id(weight) in names:
-            inner[layer.name], square = _dense(estimate, names[id(weight)], gradients[id(weight)])
+            inner[layer.name], square = dense_products(estimate, names[id(weight)], gradients[id(weight)])
             squares[layer.name] = square, total
             moved, caught = moved + total, caught + total
             spread, probed = spread + gradient.numel(), probed + gradient.numel()
@@ -140,16 +130,3 @@ def _compare(
 def expected_cosine(dimension: float) -> float:
     """beta_D: the expected absolute cosine between a fixed and an isotropic random direction in D dimensions."""
     return math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension + 1) / 2)) / math.sqrt(math.pi)
-
-
-def _dense(estimate: Estimate, name: str, gradient: Tensor) -> tuple[float, float]:
-    """<E, G> and ||E||^2 of a densely probed parameter, the noise replayed a chunk at a time."""
-    flat, product, square = gradient.reshape(-1), 0.0, 0.0
-    streams = [normal_chunks((*key, name), flat.numel(), device=flat.device) for key, _ in estimate.dense]
-    weights = [coefficient for _, coefficient in estimate.dense]
-    for parts in zip(*streams, strict=True):
-        value = sum(c * z for (_, z), c in zip(parts, weights, strict=True))
-        assert isinstance(value, Tensor)
-        product += float(value @ flat[parts[0][0]])
-        square += float(value.square().sum())
-    return product, square

@@ -51,7 +51,7 @@ def align(
         raise UserError(f"cannot save a plot as {plot}: give a .png, .svg or .pdf file in a folder that exists")
     from zoft.bench import align as run
     from zoft.data import load_rows, load_task, sample
-    from zoft.train import load_model
+    from zoft.train import load_model, task_batches, task_closures
 
     options = common.parse_options(option or [])
     chosen = _methods(methods, options, {"seed": seed, "lr": 0.0} | ({"eps": eps} if eps is not None else {}))
@@ -60,7 +60,7 @@ def align(
     if len(rows) < batches * batch_size:
         raise UserError(f"{batches} batches of {batch_size} need {batches * batch_size} rows; there are {len(rows)}")
     network, tokenizer = load_model(model, dtype=dtype or "float32", device=device)
-    closures = _closures(network, tokenizer, description, rows, batch_size)
+    closures = task_closures(network, task_batches(network, tokenizer, description, rows, batch_size))
     with console.status("") as status:
         found = run(network, closures, chosen, estimates, lambda message: status.update(message))
 
@@ -104,18 +104,6 @@ def _methods(names: str, options: dict[str, Any], settings: dict[str, Any]) -> d
         )
         for name, own in known.items()
     }
-
-
-def _closures(network: Any, tokenizer: Any, task: Any, rows: list[dict[str, Any]], size: int) -> list[Callable]:
-    """The mean loss of each batch of `size` rows."""
-    from zoft.data import Collator, Encoder, TaskDataset, losses, read_logits
-    from zoft.train.models import room
-
-    items = TaskDataset(rows, Encoder(tokenizer, task, room(network, task)))
-    collate = Collator(tokenizer.pad_token_id, "train")
-    batches = [collate([items[i + k] for k in range(size)]) for i in range(0, len(rows), size)]
-    on_device = [{name: tensor.to(network.device) for name, tensor in batch.items()} for batch in batches]
-    return [lambda batch=batch: losses(read_logits(network, batch), batch).mean() for batch in on_device]
 
 
 def _layers(found: dict[str, Alignment]) -> dict[str, dict[str, float]]:

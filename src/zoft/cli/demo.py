@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
 def demo(
     model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the word *demo*.")] = "demo",
     steps: Annotated[int, typer.Option(min=1, help="Steps of AGZO, two forwards each.")] = SETTINGS["steps"],
-    out: Annotated[Path | None, typer.Option(help="The run folder. Default: a new one in runs/.")] = None,
+    out: common.Out = None,
     as_json: common.Json = False,
 ) -> None:
     """Watch a small language model learn to answer questions, by forward passes only.

@@ -34,7 +34,7 @@ def train(
     warmup_steps: Annotated[int | None, typer.Option(help="Steps over which the learning rate rises.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Decoupled weight decay.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the data's order and all noise.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder. Default: a new one in runs/.")] = None,
+    out: common.Out = None,
     train_examples: Annotated[int | None, typer.Option(help="Training rows. Default: as many as the run sees.")] = None,
     dev_examples: Annotated[int | None, typer.Option(help="Rows held out of train to choose the checkpoint.")] = None,
     eval_examples: Annotated[int | None, typer.Option(help="Validation rows. Default: all.")] = None,

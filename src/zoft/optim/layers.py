@@ -79,14 +79,7 @@ def find_linear_maps(
             continue
         if any(type(m).forward is not nn.Embedding.forward for m in lookups):
             continue  # an embedding that scales what it reads, or reads other rows than it is asked for
-        transposed = _is_conv1d(first)
-        d_out, d_in = _shape(first, name)
-        plain = (
-            isinstance(weight, Tensor)
-            and _is_plain(weight)
-            and weight.shape == ((d_in, d_out) if transposed else (d_out, d_in))
-        )
-        maps.append(LinearMap(name, modules, lookups, weight if plain else None, transposed, d_in, d_out))
+        maps.append(_linear_map(name, modules, lookups))
     if not maps:
         kinds = Counter(type(m).__name__ for m in names if not any(True for _ in m.children()))
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "no module at all"
@@ -95,6 +88,11 @@ def find_linear_maps(
             "requires_grad, or name modules that map x to y with linear=[...]"
         )
     return maps
+
+
+def as_linear_map(name: str, module: nn.Module, linear: Sequence[str] = ()) -> LinearMap | None:
+    """`module` as a map of its own, whether it may be trained or not; None if it is not a linear one."""
+    return _linear_map(name, (module,), ()) if _is_linear(module, name, linear) else None
 
 
 def other_parameters(
@@ -126,6 +124,19 @@ def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     """Whether `name` matches `include` (all, if empty) and no pattern of `exclude`."""
     wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
     return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
+def _linear_map(name: str, modules: tuple[nn.Module, ...], lookups: tuple[nn.Embedding, ...]) -> LinearMap:
+    first = (*modules, *lookups)[0]
+    transposed = _is_conv1d(first)
+    d_out, d_in = _shape(first, name)
+    weight = getattr(first, "weight", None)
+    readable = (
+        isinstance(weight, Tensor)
+        and _is_plain(weight)
+        and weight.shape == ((d_in, d_out) if transposed else (d_out, d_in))
+    )
+    return LinearMap(name, modules, lookups, weight if readable else None, transposed, d_in, d_out)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

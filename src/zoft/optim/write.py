@@ -62,6 +62,7 @@ def _dithered(exact: Tensor, dtype: torch.dtype, offset: int, key: Key) -> Tenso
         return exact
     low = (1 << _DROPPED_BITS[dtype]) - 1
     start, gamma = stream(key)
+    offset &= low  # only the low bits of an index count, and all of it may not fit 32 bits
     index = torch.arange(offset, offset + exact.numel(), dtype=torch.int32, device=exact.device)
     dither = index.mul_(gamma & low).add_(start & low).bitwise_and_(low).view(exact.shape)
     if dtype == torch.float16:  # its subnormal numbers, multiples of 2^-24, drop more bits: round those by hand

@@ -1,9 +1,10 @@
 """Training and evaluation on transformers' Trainer."""
 
+from zoft.train.batches import task_batches, task_closures
 from zoft.train.config import TrainConfig
 from zoft.train.models import load_model
 from zoft.train.run import train
 from zoft.train.task_trainer import TaskTrainer
 from zoft.train.trainer import ZOTrainer
 
-__all__ = ["TaskTrainer", "TrainConfig", "ZOTrainer", "load_model", "train"]
+__all__ = ["TaskTrainer", "TrainConfig", "ZOTrainer", "load_model", "task_batches", "task_closures", "train"]

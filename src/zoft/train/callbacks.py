@@ -8,8 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zoft.train.files import write_text
@@ -62,44 +65,50 @@ class RunLog(TrainerCallback):
 
 
 class LiveProgress(TrainerCallback):
-    """A progress bar: loss, projected gradient, metric, forwards, speed, time left, peak memory."""
+    """Two lines on the terminal: how far, how fast, how long still; under it, what the run has come to.
+
+    They fit in 80 columns. On a narrower terminal the bar gives way, and the second line goes on in a third.
+    """
 
     def __init__(self, console: Console, metric: str, log: RunLog) -> None:
-        self._metric, self._log = f"eval_{metric}", log
-        self._shown: dict[str, str] = {}
+        self._log = log
+        self._labels = {"loss": "loss", f"eval_{metric}": f"dev {metric}", "projected_grad": "g"}
+        self._facts = dict.fromkeys((*self._labels, "memory", "forwards"), "")  # in this order
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            "training",
+            BarColumn(bar_width=None, table_column=Column(max_width=20)),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
+            "{task.fields[speed]:.3g} steps/s",
+            "left",
             TimeRemainingColumn(),
-            console=console,
+            speed_estimate_period=600,  # seconds: a step of a large model, or an evaluation, may take minutes
         )
+        self._live = Live(get_renderable=self._lines, console=console)
+
+    def _lines(self) -> Group:
+        return Group(self._progress, Text(" · ".join(filter(None, self._facts.values()))))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._progress.start()
-        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, facts="")
+        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, speed=0.0)
+        self._live.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         speed = state.global_step / self._log.seconds if self._log.seconds else 0.0
-        memory = peak_memory_bytes() / 2**30
-        facts = [*self._shown.values(), f"{self._log.forwards(state.global_step)} forwards"]
-        facts += [f"{speed:.2f} steps/s", f"{memory:.1f} GiB"]
-        self._progress.update(self._task, completed=state.global_step, facts=" · ".join(facts))
+        self._progress.update(self._task, completed=state.global_step, speed=speed)
+        self._facts["memory"] = f"peak {peak_memory_bytes() / 2**30:.1f} GiB"
+        self._facts["forwards"] = f"{self._log.forwards(state.global_step)} forwards"
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        logs = given["logs"]
-        for key, label in (("loss", "loss"), ("projected_grad", "g"), (self._metric, "dev " + self._metric[5:])):
-            if key in logs:
-                self._shown[key] = f"{label} {logs[key]:.3g}"
-        if self._metric in logs:
-            self._progress.console.print(f"step {state.global_step}: dev {self._metric[5:]} {logs[self._metric]:.3f}")
+        for key in self._labels.keys() & given["logs"].keys():
+            self._facts[key] = f"{self._labels[key]} {given['logs'][key]:.3g}"
+            if key.startswith("eval_"):
+                self._live.console.print(f"step {state.global_step}: {self._labels[key]} {given['logs'][key]:.3f}")
 
     def stop(self) -> None:
         """Leave the terminal as it was."""
-        self._progress.stop()
+        self._live.stop()
+        if not self._live.console.is_interactive:
+            self._live.console.print()  # in a file or a pipe the lines end without a line break
 
 
 def _step(text: str) -> float:

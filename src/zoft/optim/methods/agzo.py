@@ -33,7 +33,7 @@ class AGZO(ZeroOrder):
         self,
         model: nn.Module,
         lr: float = 1e-4,
-        eps: float = 1e-2,
+        eps: float = 3e-3,
         *,
         rank: int = 1,
         power_steps: int | None = 3,

@@ -35,7 +35,7 @@ class ZOAct(ZeroOrder):
         self,
         model: nn.Module,
         lr: float = 1e-3,
-        eps: float = 1e-2,
+        eps: float = 3e-3,
         *,
         rank: int = 1,
         power_steps: int | None = 8,

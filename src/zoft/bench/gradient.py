@@ -1,0 +1,49 @@
+"""The true gradient, from one backward pass, and inner products with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from zoft.optim import Estimate, ZeroOrder
+from zoft.optim.noise import normal_chunks
+
+Closure = Callable[[], Tensor]
+Gradients = dict[int, Tensor]
+
+
+def true_gradients(model: nn.Module, closure: Closure) -> Gradients:
+    """The gradient of every parameter that has one, float32 on its device, by the parameter's identity."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(closure().float().mean(), parameters, allow_unused=True)
+    return {id(p): g.float() for p, g in zip(parameters, gradients, strict=True) if g is not None}
+
+
+def slope(optimizer: ZeroOrder, estimate: Estimate, gradients: Gradients) -> float:
+    """``<E, G>`` of the optimizer's `estimate` over everything that it moves."""
+    total = 0.0
+    for layer in optimizer.maps:
+        gradient = gradients.get(id(layer.weight))
+        if gradient is not None and layer.name in estimate.factors:
+            gradient = gradient.t() if layer.transposed else gradient
+            total += float((estimate.factors[layer.name] * (gradient @ optimizer.bases[layer.name])).sum())
+    for name, parameter in optimizer.dense.items():
+        if id(parameter) in gradients:
+            total += dense_products(estimate, name, gradients[id(parameter)])[0]
+    return total
+
+
+def dense_products(estimate: Estimate, name: str, gradient: Tensor) -> tuple[float, float]:
+    """<E, G> and ||E||^2 of a densely probed parameter, the noise replayed a chunk at a time."""
+    flat, product, square = gradient.reshape(-1), 0.0, 0.0
+    streams = [normal_chunks((*key, name), flat.numel(), device=flat.device) for key, _ in estimate.dense]
+    weights = [coefficient for _, coefficient in estimate.dense]
+    for parts in zip(*streams, strict=True):
+        value = sum(c * z for (_, z), c in zip(parts, weights, strict=True))
+        assert isinstance(value, Tensor)
+        product += float(value @ flat[parts[0][0]])
+        square += float(value.square().sum())
+    return product, square
