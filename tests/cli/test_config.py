@@ -30,7 +30,7 @@ def assert_same(one: Path, other: Path) -> None:
     [
         ("--method", "agzo", "-o", "rank=2", "-o", "two_sided=true", "--lr", "1e-3", "--seed", "3"),
         ("--method", "zo-act", "-o", "exclude=*.mlp.*", "--accumulate", "2", "--schedule", "linear"),
-        ("--method", "lora", "-o", "rank=2", "--lr", "3e-3"),
+        ("--method", "lora", "-o", "rank=2", "--lr", "1e-2"),
     ],
 )
 def test_config_reproduces_the_run(

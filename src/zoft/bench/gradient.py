@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zoft.optim import Estimate, ZeroOrder
+from zoft.optim import Estimate, Loss, ZeroOrder
 from zoft.optim.noise import normal_chunks
 
-Closure = Callable[[], Tensor]
+Closure = Callable[[], Tensor | Loss]
 Gradients = dict[int, Tensor]
 
 
@@ -18,7 +18,9 @@ def true_gradients(model: nn.Module, closure: Closure) -> Gradients:
     """The gradient of every parameter that has one, float32 on its device, by the parameter's identity."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.enable_grad():
-        gradients = torch.autograd.grad(closure().float().mean(), parameters, allow_unused=True)
+        loss = closure()
+        values = loss.values if isinstance(loss, Loss) else loss
+        gradients = torch.autograd.grad(values.float().mean(), parameters, allow_unused=True)
     return {id(p): g.float() for p, g in zip(parameters, gradients, strict=True) if g is not None}
 
 

@@ -5,7 +5,7 @@ from .custom import custom_task, parse_words
 from .dataset import TaskDataset
 from .encode import Encoder, Item
 from .metrics import score
-from .objective import choose, losses, positions_to_keep, read_logits
+from .objective import choose, losses, positions_to_keep, read_logits, slope
 from .source import hold_out, load_rows, sample
 from .task import Row, Task, load_task, task_names
 
@@ -27,5 +27,6 @@ __all__ = [
     "read_logits",
     "sample",
     "score",
+    "slope",
     "task_names",
 ]

@@ -45,6 +45,25 @@ def losses(logits: Tensor, batch: Batch) -> Tensor:
     return -_log_likelihoods(logits, batch["labels"]) / (batch["labels"] != IGNORE).sum(1)
 
 
+def slope(logits: Tensor, batch: Batch) -> Tensor:
+    """The gradient of the mean of `losses` with respect to `logits`, float32 [N, K, V], in closed form."""
+    if "label_words" in batch:
+        wrong = torch.zeros_like(logits, dtype=torch.float32)
+        wrong[:, -1].index_add_(1, batch["label_words"], _choice_errors(_scores(logits, batch), batch))
+        return wrong
+    following = batch["labels"][:, 1 - logits.shape[1] :]
+    answered = following != IGNORE
+    if "targets" in batch:  # of each sequence's log-likelihood
+        errors = _choice_errors(_scores(logits, batch), batch)[_places(batch["counts"])] / batch["norms"]
+    else:
+        errors = -1 / (answered.sum(1) * len(answered))
+    wrong = -logits.float().softmax(-1)
+    wrong[:, :-1].scatter_add_(2, following.clamp(min=0).unsqueeze(2), wrong.new_ones(*following.shape, 1))
+    wrong[:, :-1] *= (answered * errors.unsqueeze(1)).unsqueeze(2)
+    wrong[:, -1] = 0  # it predicts nothing
+    return wrong
+
+
 def choose(logits: Tensor, batch: Batch) -> Tensor:
     """The index of the candidate with the highest score, int64 [B]; for batches with `targets`.
 
@@ -58,11 +77,21 @@ def _scores(logits: Tensor, batch: Batch) -> Tensor:
     if "label_words" in batch:
         return logits[:, -1, batch["label_words"]].float()
     counts = batch["counts"]
-    examples = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    places = torch.arange(len(examples), device=counts.device) - (counts.cumsum(0) - counts)[examples]
     scores = logits.new_full((len(counts), int(counts.max())), -torch.inf, dtype=torch.float32)
-    scores[examples, places] = _log_likelihoods(logits, batch["labels"]) / batch["norms"]
+    scores[_places(counts)] = _log_likelihoods(logits, batch["labels"]) / batch["norms"]
     return scores
+
+
+def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For each sequence, its example and its place among that example's candidates."""
+    examples = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    return examples, torch.arange(len(examples), device=counts.device) - (counts.cumsum(0) - counts)[examples]
+
+
+def _choice_errors(scores: Tensor, batch: Batch) -> Tensor:
+    """The gradient of the mean cross-entropy with respect to `scores` [B, C]."""
+    right = F.one_hot(batch["targets"], scores.shape[1])
+    return (scores.softmax(1) - right) / len(scores)
 
 
 def _log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:

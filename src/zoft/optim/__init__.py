@@ -2,7 +2,8 @@
 
 from zoft.optim.estimator import Estimate, Probes
 from zoft.optim.layers import LinearMap, NoLinearLayers
-from zoft.optim.methods import AGZO, LOZO, METHODS, MeZO, ZOAct
+from zoft.optim.loss import Loss, cross_entropy
+from zoft.optim.methods import AGZO, LOZO, METHODS, Guided, MeZO, ZOAct
 from zoft.optim.optimizer import ZeroOrder
 from zoft.optim.subspace import Activation, Full, RandomLowRank
 from zoft.optim.update import SGD, Adam
@@ -16,11 +17,14 @@ __all__ = [
     "Adam",
     "Estimate",
     "Full",
+    "Guided",
     "LinearMap",
+    "Loss",
     "MeZO",
     "NoLinearLayers",
     "Probes",
     "RandomLowRank",
     "ZOAct",
     "ZeroOrder",
+    "cross_entropy",
 ]

@@ -80,56 +80,92 @@ class OfLastInput(Generic[T]):
         return self._value
 
 
-class Padding:
-    """Knows which rows of an activation are padding, from the ``attention_mask`` the model was called with.
+class Tokens:
+    """Knows which rows of an activation are tokens, and which of them the loss reads.
 
-    The mask is read from the root module's keyword arguments, as [batch, tokens], zero at padding. Activations
-    of another leading shape (tokens already selected, routed or flattened differently) are taken whole.
+    From the keyword arguments that the root module was called with: ``attention_mask`` [batch, tokens], zero at
+    padding, and ``logits_to_keep``, the number of final positions whose logits are computed (all without it).
+    Activations of another leading shape (tokens already selected, routed or flattened differently) are taken whole.
     """
 
     def __init__(self) -> None:
-        self._shape: torch.Size | None = None
-        self._kept: Tensor | None = None
+        self._shape: tuple[int, int] | None = None
+        self._tokens: Tensor | None = None  # indices into the flattened [batch * tokens], None for all
+        self._read: Tensor | None = None  # bool [batch, tokens]
 
     def see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        self._shape = self._kept = None
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.bool().all()):
-            self._shape, self._kept = mask.shape, mask.reshape(-1).nonzero().squeeze(1)
+        mask, keep = kwargs.get("attention_mask"), kwargs.get("logits_to_keep")
+        self._shape = self._tokens = self._read = None
+        inputs = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() >= 2), None)
+        if inputs is None:
+            return
+        batch, length = self._shape = (inputs.shape[0], inputs.shape[1])
+        if isinstance(mask, Tensor) and mask.shape == self._shape:
+            read = mask.bool()
+            if not bool(read.all()):
+                self._tokens = read.reshape(-1).nonzero().squeeze(1)
+        else:
+            read = torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
+        if isinstance(keep, int) and keep:
+            read = read & (torch.arange(length, device=read.device) >= length - keep)
+        self._read = read
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` [..., d] as [rows, d] without padding."""
         flat = x.detach().reshape(-1, x.shape[-1])
-        if self._shape is None or self._kept is None:
+        if self._shape is None or self._tokens is None:
             return flat
-        same = x.shape[:-1] == self._shape or (x.dim() == 2 and len(x) == self._shape.numel())
-        return flat.index_select(0, self._kept.to(x.device)) if same else flat
+        same = x.shape[:-1] == self._shape or (x.dim() == 2 and len(x) == self._shape[0] * self._shape[1])
+        return flat.index_select(0, self._tokens.to(x.device)) if same else flat
+
+    def read(self, x: Tensor | None) -> Tensor | None:
+        """The rows of `x` that the loss reads, [rows, d]; `x` is [batch, tokens, d], or has its final tokens only.
+
+        None if `x` is of another shape.
+        """
+        if x is None or self._read is None or x.dim() not in (2, 3):
+            return None
+        mask = self._read.to(x.device)
+        if x.dim() == 2:
+            return x.detach()[mask.reshape(-1)] if len(x) == mask.numel() else None
+        if x.shape[0] != mask.shape[0] or x.shape[1] > mask.shape[1]:
+            return None
+        mask = mask[:, mask.shape[1] - x.shape[1] :]
+        return x.detach()[mask] if int(mask.sum()) == int(self._read.sum()) else None
 
 
 @contextmanager
 def captured(
-    model: nn.Module, maps: Sequence[LinearMap], extract: Callable[[LinearMap, Tensor], Basis]
+    model: nn.Module,
+    maps: Sequence[LinearMap],
+    extract: Callable[[LinearMap, Tensor], Basis],
+    read_only: bool = False,
 ) -> Iterator[dict[str, Basis]]:
     """While open, a forward of `model` fills the yielded dictionary with the basis of each map that was used.
 
-    `extract` gets a map and its input rows [T, d_in]; maps called with the same tensor share one result, and
+    `extract` gets a map and its input rows [T, d_in], with `read_only` those that the loss reads; maps called with the
+    same tensor share one result, and
     several calls of one map are merged.
     """
     bases: dict[str, Basis] = {}
-    padding, last = Padding(), OfLastInput[Basis]()
+    tokens, last = Tokens(), OfLastInput[Basis]()
+
+    def rows(x: Tensor) -> Tensor:
+        read = tokens.read(x) if read_only else None
+        return tokens.rows(x) if read is None else read
 
     def hook(layer: LinearMap) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def see(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             if x.numel():  # an expert may be called with no token at all
-                basis = last.get(x, lambda: extract(layer, padding.rows(x)))
+                basis = last.get(x, lambda: extract(layer, rows(x)))
                 seen = bases.get(layer.name)
                 bases[layer.name] = basis if seen is None else merge(seen, basis)
 
         return see
 
     with ExitStack() as handles:
-        handles.callback(model.register_forward_pre_hook(padding.see, with_kwargs=True).remove)
+        handles.callback(model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
         for layer in maps:
             for module in layer.modules:
                 handles.callback(module.register_forward_pre_hook(hook(layer)).remove)

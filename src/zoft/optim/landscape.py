@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoft.optim.capture import Basis, captured
-from zoft.optim.layers import LinearMap
+from zoft.optim.capture import Basis
+from zoft.optim.loss import Loss
 from zoft.optim.noise import Key
 from zoft.optim.probe import Direction, SideBranches, draw, lent
 
-Closure = Callable[[], Tensor | float]
+Closure = Callable[[], Tensor | Loss | float]
 
 
 @dataclass
 class Landscape:
     """The closure's loss around the current weights. Every evaluation is one forward pass of `model`.
 
-    `key` prefixes the noise of the directions drawn, numbered from `drawn` on. If `extract` is given, the bases are
-    due for renewal: the next clean pass takes them from the activations and hands them to `renew`. `forwards` counts
-    the passes, `used` collects the maps and dense parameters that a perturbed pass has read.
+    `key` prefixes the noise of the directions drawn, numbered from `drawn` on. If `capture` is given, the bases are
+    due for renewal: the next clean pass runs inside it, and what it yields is handed to `renew`. `forwards` counts
+    the passes, `used` collects the maps and dense parameters that a perturbed pass has read, `error` is that of the
+    latest pass, if the closure returned a `Loss`.
     """
 
     model: nn.Module
@@ -35,10 +36,12 @@ class Landscape:
     dense: dict[str, nn.Parameter]
     key: Key
     drawn: int
-    extract: Callable[[LinearMap, Tensor], Basis] | None
+    capture: Callable[[], AbstractContextManager[dict[str, Basis]]] | None
     renew: Callable[[dict[str, Tensor]], None]
     forwards: int = 0
     used: set[str] = field(default_factory=set)
+    error: Callable[[], Tensor] | None = None
+    _fresh: dict[str, Basis] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._randomness = _Randomness(next(self.model.parameters()).device)
@@ -46,18 +49,23 @@ class Landscape:
     @property
     def needs_clean(self) -> bool:
         """Whether bases are due for renewal from the activations of a clean pass."""
-        return self.extract is not None
+        return self.capture is not None
 
     def clean(self) -> float:
         """The loss at the centre. Renews the bases if they are due (and the loss is finite)."""
-        if self.extract is None:
-            return self._forward()
-        with captured(self.model, self.branches.maps, self.extract) as bases:
-            loss = self._forward()
+        if self.capture is None:
+            return self.forward()
+        with self.capture() as self._fresh:
+            loss = self.forward()
         if math.isfinite(loss):
-            self.renew({name: basis.vectors for name, basis in bases.items()})
-            self.extract = None
+            self.renew({name: basis.vectors for name, basis in self._fresh.items()})
+            self.capture = None
         return loss
+
+    def basis(self, name: str) -> Tensor | None:
+        """The basis of map `name`: as soon as the map has been called, that of the clean pass which renews it."""
+        fresh = self._fresh.get(name)
+        return fresh.vectors if fresh is not None else self.branches.bases.get(name)
 
     def draw(self) -> Direction:
         """A fresh random direction."""
@@ -75,7 +83,7 @@ class Landscape:
             stack.enter_context(branches.attached())
             used = stack.enter_context(lent(self.model, self.dense, distance, direction.key))
             branches.used.clear()
-            loss = self._forward()
+            loss = self.forward()
         self.used |= used | branches.used
         return loss
 
@@ -84,10 +92,14 @@ class Landscape:
         """Maps and dense parameters that no perturbed pass has read: the loss says nothing about them."""
         return (self.dense.keys() | {m.name for m in self.branches.active}) - self.used
 
-    def _forward(self) -> float:
+    def forward(self) -> float:
+        """The loss of one pass over the model as it is."""
         self._randomness.rewind()
         self.forwards += 1
         loss = self.closure()
+        self.error = None
+        if isinstance(loss, Loss):
+            loss, self.error = loss
         if not isinstance(loss, Tensor):
             return float(loss)
         return float(loss.detach().cpu().double().mean())  # on the CPU: not every device has float64

@@ -5,15 +5,18 @@ is a pure function of that name and ``i``. Nothing is stored, nothing depends on
 global random state is read or written, so a perturbation can be replayed, in part or whole, at any time.
 
 The generator is SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"):
-``mix(start + i * gamma)``, with start and odd gamma taken from a hash of the name. One 64-bit output gives two
-uniforms, and Box-Muller makes of them the normals ``2i`` and ``2i + 1``. The integers are identical everywhere;
-logarithm and cosine may differ between devices in the last bit.
+``mix(start + i * gamma)``, with start and odd gamma taken from a hash of the name. Each 16 bits of its output pick
+one of 65,536 equally likely quantiles of the normal distribution, scaled to variance 1 (they end at 4.3, and the
+fourth moment is 2.997 instead of 3). Integers and a table, so the numbers are identical on every device, and take a
+fifth of the time of Box and Muller's logarithms and cosines.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import statistics
 from collections.abc import Iterator
 
 import torch
@@ -21,7 +24,7 @@ from torch import Tensor
 
 Key = tuple[int | str, ...]
 
-CHUNK = 1 << 17  # normals at a time: the working set (2 x 8 bytes each) stays within a core's cache
+CHUNK = 1 << 17  # normals at a time: the working set stays within a core's cache
 
 
 def _signed(value: int) -> int:
@@ -46,16 +49,13 @@ def _mix(z: Tensor) -> Tensor:
     return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
 
 
-def _pairs(key: Key, first: int, count: int, device: torch.device | str | None) -> Tensor:
-    """Normals of the pairs `first` ... `first + count - 1`, as float32 [count, 2]."""
-    start, gamma = stream(key)
-    z = torch.arange(first + 1, first + count + 1, dtype=torch.int64, device=device)
-    bits = _mix(z.mul_(gamma).add_(start)).view(torch.int32).view(count, 2)
-    # Contiguous halves: strided tensors take another (scalar) code path whose last bit differs.
-    uniform = bits.t().to(torch.float32, memory_format=torch.contiguous_format).mul_(2.0**-32).add_(0.5)
-    radius = uniform[0].clamp_(min=2.0**-33).log_().mul_(-2.0).sqrt_()
-    angle = uniform[1].mul_(2.0 * math.pi)
-    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=1)
+@functools.cache
+def _quantiles(device: torch.device) -> Tensor:
+    """The values that a normal can take, float32 [65536], by the 16 bits (as a signed number plus 32,768)."""
+    inverse = statistics.NormalDist().inv_cdf
+    lower = torch.tensor([inverse((i + 0.5) / (1 << 16)) for i in range(1 << 15)], dtype=torch.float64)
+    values = torch.cat((lower, -lower.flip(0)))
+    return (values / values.square().mean().sqrt()).float().to(device)
 
 
 def normal(
@@ -66,9 +66,11 @@ def normal(
     ``normal(key, (n,))[a:b]`` equals ``normal(key, (b - a,), start=a)`` bit for bit.
     """
     count = math.prod(shape)
-    first, last = start // 2, (start + count + 1) // 2
-    out = _pairs(key, first, last - first, device).view(-1)
-    return out[start - 2 * first :][:count].view(shape)
+    offset, gamma = stream(key)
+    first, last = start // 4, (start + count + 3) // 4  # four normals a word
+    words = torch.arange(first + 1, last + 1, dtype=torch.int64, device=device).mul_(gamma).add_(offset)
+    index = _mix(words).view(torch.int16)[start - 4 * first :][:count].to(torch.int32).add_(1 << 15)
+    return _quantiles(index.device).index_select(0, index).view(shape)
 
 
 def normal_chunks(key: Key, count: int, *, device: torch.device | str | None = None) -> Iterator[tuple[slice, Tensor]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from zoft.optim.capture import captured
+from zoft.optim.capture import Basis, captured
 from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
@@ -142,9 +143,9 @@ class ZeroOrder(torch.optim.Optimizer):
         subspace, key = self.subspace, (self.seed, self.counters.steps)
         if self._due and isinstance(subspace, RandomLowRank):
             self.set_bases(subspace.draw(self.maps, key))
-        extract = None
+        capture = None
         if self._due and isinstance(subspace, Activation):
-            extract = partial(subspace.extract, key=key)
+            capture = self._capture()
         landscape = Landscape(
             self.model,
             closure,
@@ -153,7 +154,7 @@ class ZeroOrder(torch.optim.Optimizer):
             self.dense,
             key,
             self._drawn,
-            extract,
+            capture,
             self.set_bases,
         )
         found = Estimate()
@@ -192,8 +193,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """
         if not isinstance(self.subspace, Activation):
             raise ValueError(f"{type(self).__name__} takes no basis from activations")
-        extract = partial(self.subspace.extract, key=(self.seed, self.counters.steps))
-        with captured(self.model, self.maps, extract) as bases:
+        with self._capture()() as bases:
             for closure in closures:
                 closure()
         self.counters.forwards += len(closures)
@@ -259,6 +259,12 @@ class ZeroOrder(torch.optim.Optimizer):
     @property
     def _due(self) -> bool:
         return not isinstance(self.subspace, Full) and self.subspace.due(self.counters.steps, self._renewed_at)
+
+    def _capture(self) -> Callable[[], AbstractContextManager[dict[str, Basis]]]:
+        subspace = self.subspace
+        assert isinstance(subspace, Activation)
+        extract = partial(subspace.extract, key=(self.seed, self.counters.steps))
+        return partial(captured, self.model, self.maps, extract, subspace.read_only)
 
     def set_bases(self, bases: dict[str, Tensor]) -> None:
         """Move in these bases (float32 [d_in, r], by map name) from now on; maps without one stay still."""

@@ -60,12 +60,14 @@ class Activation:
     """Leading directions of the layer's input activations, orthonormal, from a clean forward pass (AGZO).
 
     `renew_every` is a number of steps, or None for once (ZO-Act). `power_steps` is K of the power iteration, or
-    None for the exact singular value decomposition.
+    None for the exact singular value decomposition. With `read_only`, activations count only at the positions whose
+    logits the loss reads (`zoft.optim.capture.Tokens`).
     """
 
     rank: int = 1
     power_steps: int | None = 3
     renew_every: int | None = 1
+    read_only: bool = False
     from_activations: ClassVar[bool] = True
     embeddings: ClassVar[bool] = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, TaskType
 from safetensors.torch import save_file
 
@@ -41,7 +42,9 @@ def save_adapter(optimizer: ZeroOrder, folder: Path) -> None:
     tensors = {}
     for name, factor in optimizer.coefficients.items():
         prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = optimizer.bases[name].t().cpu().clone()
+        tensors[f"{prefix}.lora_A.weight"] = (
+            optimizer.bases[name].t().cpu().clone(memory_format=torch.contiguous_format)
+        )
         tensors[f"{prefix}.lora_B.weight"] = factor.cpu().clone()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

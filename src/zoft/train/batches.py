@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from zoft.data import Collator, Encoder, Row, Task, TaskDataset, losses, read_logits
+from zoft.data import Collator, Encoder, Row, Task, TaskDataset, losses, read_logits, slope
+from zoft.optim import Loss
 from zoft.train.models import room
 
 
@@ -20,10 +21,11 @@ def task_batches(model: Any, tokenizer: Any, task: Task, rows: list[Row], size: 
     return [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches]
 
 
-def task_closures(model: Any, batches: list[dict[str, Tensor]]) -> list[Callable[[], Tensor]]:
-    """The mean loss of each batch by `model`."""
+def task_closures(model: Any, batches: list[dict[str, Tensor]]) -> list[Callable[[], Loss]]:
+    """The mean loss of each batch by `model`, and its slope."""
 
-    def loss(batch: dict[str, Tensor]) -> Tensor:
-        return losses(read_logits(model, batch), batch).mean()
+    def loss(batch: dict[str, Tensor]) -> Loss:
+        logits = read_logits(model, batch)
+        return Loss(losses(logits, batch).mean(), partial(slope, logits, batch))
 
     return [partial(loss, batch) for batch in batches]

@@ -78,7 +78,8 @@ def build(config: TrainConfig, model: Any) -> tuple[Any, torch.optim.Optimizer]:
     """
     options: dict[str, Any] = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay}
     if config.method in METHODS:
-        return model, zero_order(config.method, model, {**options, "eps": config.eps, "seed": config.seed})
+        options |= {"seed": config.seed} | ({} if config.eps is None else {"eps": config.eps})
+        return model, zero_order(config.method, model, options)
     try:
         if config.method == "lora":
             lora = LoraConfig(

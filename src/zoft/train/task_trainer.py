@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from zoft.data import Collator, Task, choose, losses, read_logits, score
+from zoft.data import Collator, Task, choose, losses, read_logits, score, slope
+from zoft.optim import Loss
 from zoft.train.trainer import ZOTrainer
 
 
@@ -102,11 +104,10 @@ class TaskTrainer(ZOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of each example [B] for a zeroth-order optimizer, their mean for a first-order one."""
+        """The loss of each example [B] and its slope for a zeroth-order optimizer, their mean for a first-order one."""
         logits = read_logits(model, inputs)
-        loss = losses(logits, inputs)
-        if self.zero_order is None:
-            loss = loss.mean()
+        loss: Any = losses(logits, inputs)
+        loss = loss.mean() if self.zero_order is None else Loss(loss, partial(slope, logits, inputs))
         return (loss, logits) if return_outputs else loss
 
     def prediction_step(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from zoft.optim.methods.agzo import AGZO
+from zoft.optim.methods.guided import Guided
 from zoft.optim.methods.lozo import LOZO
 from zoft.optim.methods.mezo import MeZO
 from zoft.optim.methods.zoact import ZOAct
@@ -15,6 +16,7 @@ METHODS: dict[str, Callable[..., ZeroOrder]] = {
     "lozo-m": partial(LOZO, momentum=0.9),
     "agzo": AGZO,
     "zo-act": ZOAct,
+    "guided": Guided,
 }
 
-__all__ = ["AGZO", "LOZO", "METHODS", "MeZO", "ZOAct"]
+__all__ = ["AGZO", "LOZO", "METHODS", "Guided", "MeZO", "ZOAct"]

@@ -1,0 +1,143 @@
+"""The left factor computed instead of drawn: the error at the output, carried back along the residual stream.
+
+At the positions whose logits the loss reads, the gradient at the logits is known (for cross-entropy, p - y). Head and
+final norm carry it to the end of the residual stream, transposed and in closed form; the stream itself carries it back
+almost unchanged, because every block adds to it: ``h_end = h_l + (what later blocks add)``. So for a matrix that writes
+its input x into the stream, ``G ~ sum over positions of e x^T``, and its coefficients in a basis A of the inputs are
+``C = sum of e (x A)^T``. Where a block's feed-forward part is known in closed form, the error is carried through it as
+well, which gives its inner matrices their factors and corrects the error for the blocks before.
+
+What is neglected is the way through attention: the error at other positions, and its change at the same one. The
+estimate is therefore biased, but needs no probe: one forward pass. It is white-box (weights of the head and of the
+feed-forward parts are read, transposed) and asks the loss for its slope at the logits; no gradient is recorded.
+
+Relatives: feedback alignment (Lillicrap et al. 2016) and direct feedback alignment (Nøkland 2016) send errors back
+through fixed matrices; the logit lens (nostalgebraist 2020) reads the stream through the head in the other direction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from zoft.optim.capture import Tokens
+from zoft.optim.estimator import Estimate
+from zoft.optim.landscape import Landscape
+from zoft.optim.layers import LinearMap
+from zoft.optim.stream import Stream, find_stream
+from zoft.optim.transpose import transposed_product
+
+
+@dataclass
+class Guided:
+    """Left factors from the output error, by one clean forward pass.
+
+    `feed_forward` carries the error through the feed-forward parts, exactly, and gives their inner matrices factors
+    too; without it only the matrices that write into the stream have them, and the stream counts as the identity.
+    The closure must return a `Loss`.
+    """
+
+    feed_forward: bool = True
+    _stream: Stream | None = field(default=None, repr=False)
+
+    def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
+        if self._stream is None:
+            self._stream = find_stream(landscape.model, landscape.forward)
+        with _kept(landscape, self._stream) as kept:
+            loss = landscape.clean()
+        if not math.isfinite(loss):
+            return loss, [loss]
+        if landscape.error is None:
+            raise TypeError("the guided estimate needs the loss's slope: return a zoft.Loss (see zoft.cross_entropy)")
+        sweep = _Sweep(landscape, estimate, kept, self.feed_forward)
+        sweep.run(self._stream, landscape.error())
+        landscape.used |= estimate.factors.keys()
+        return loss, []
+
+    def __str__(self) -> str:
+        return "guided"
+
+
+@dataclass
+class _Kept:
+    """What a clean pass leaves behind at the positions read: a few rows a layer."""
+
+    tokens: Tokens
+    coordinates: dict[str, Tensor] = field(default_factory=dict)  # x A of each writer, by map name
+    norm_inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def _kept(landscape: Landscape, stream: Stream) -> Iterator[_Kept]:
+    kept = _Kept(Tokens())
+
+    def see_writer(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            basis, x = landscape.basis(name), kept.tokens.read(args[0])
+            if basis is not None and x is not None:
+                kept.coordinates[name] = x.float() @ basis
+
+        return see
+
+    def see_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = kept.tokens.read(args[0])
+        if x is not None:
+            kept.norm_inputs[module] = x
+
+    norms = {stream.norm.module}
+    with ExitStack() as handles:
+        handles.callback(landscape.model.register_forward_pre_hook(kept.tokens.see, with_kwargs=True).remove)
+        for writer in (writer for block in stream.blocks for writer in block):
+            (module,) = writer.map.modules
+            handles.callback(module.register_forward_hook(see_writer(writer.map.name)).remove)
+            norms |= {n.module for n in (writer.norm, writer.feed_forward and writer.feed_forward.norm) if n}
+        for norm in norms:
+            handles.callback(norm.register_forward_pre_hook(see_norm).remove)
+        yield kept
+
+
+@dataclass
+class _Sweep:
+    """One way back from the logits to the first block, over the rows kept."""
+
+    landscape: Landscape
+    estimate: Estimate
+    kept: _Kept
+    feed_forward: bool
+
+    def run(self, stream: Stream, at_logits: Tensor) -> None:
+        rows = self.kept.tokens.read(at_logits)
+        if rows is None:
+            raise ValueError(f"the error at the logits has shape {tuple(at_logits.shape)}, which is not the logits'")
+        error = stream.norm.pull(self.kept.norm_inputs[stream.norm.module], self.transposed(stream.head, rows.float()))
+        for writers, parallel in zip(reversed(stream.blocks), reversed(stream.parallel), strict=True):
+            through = error
+            for writer in reversed(writers):
+                at_output = (error if parallel else through) * writer.gain
+                if writer.norm is not None:
+                    at_output = writer.norm.pull(self.kept.norm_inputs[writer.norm.module], at_output)
+                self._add(writer.map.name, at_output, self.kept.coordinates.get(writer.map.name))
+                inner = writer.feed_forward
+                if inner is not None and self.feed_forward:
+                    h = self.kept.norm_inputs[inner.norm.module]
+                    at_input, x, errors = inner.pull(h, at_output, self.transposed)
+                    through = through + at_input
+                    for name, inner_error in errors.items():
+                        basis = self.landscape.basis(name)
+                        self._add(name, inner_error, None if basis is None else x.float() @ basis)
+            error = through
+
+    def _add(self, name: str, error: Tensor, coordinates: Tensor | None) -> None:
+        if coordinates is not None:
+            self.estimate.add_factor(name, error.t() @ coordinates)
+
+    def transposed(self, layer: LinearMap, error: Tensor) -> Tensor:
+        """``error W`` with the weight as it is in this pass, coefficients included."""
+        product = transposed_product(layer, error)
+        coefficients, basis = self.landscape.branches.factors.get(layer.name), self.landscape.basis(layer.name)
+        return product if coefficients is None or basis is None else product + error @ coefficients @ basis.t()

@@ -1,0 +1,200 @@
+"""The residual stream of a transformer, found by looking at what flows through one forward pass.
+
+``h_end = h_0 + sum of what the blocks add``. For every block, the change of the stream over it is regressed on the
+outputs of its modules: those that carry it are its writers. No module names are assumed, except that blocks are
+entries of a list (``nn.ModuleList`` or ``nn.Sequential``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoft.optim.capture import Tokens
+from zoft.optim.layers import LinearMap, as_linear_map
+from zoft.optim.transpose import FeedForward, Norm
+
+ROWS = 64  # token rows looked at
+
+
+class NoStream(ValueError):
+    """The model has no residual stream that ends in a norm and a linear head; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A linear map whose output joins the stream times `gain`, after `norm` if there is one."""
+
+    map: LinearMap
+    gain: float
+    norm: Norm | None
+    feed_forward: FeedForward | None  # what computes the map's input, if it is known in closed form
+
+
+@dataclass(frozen=True)
+class Stream:
+    """`blocks` holds the writers of each block in the order they are called; `parallel` which blocks' feed-forward
+    reads the stream before the block's other writers have joined it."""
+
+    head: LinearMap
+    norm: Norm
+    blocks: list[list[Writer]]
+    parallel: list[bool]
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    module: nn.Module
+    x: Tensor  # rows [n, d_in]
+    y: Tensor  # rows [n, d_out]
+
+
+def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream:
+    """The residual stream of `model`, by one call of `forward`, which runs it on some batch.
+
+    Raises:
+        NoStream: there is none, or the model's last steps are not a norm and a linear map.
+    """
+    with _recorded(model) as calls:
+        forward()
+    inner = [call for call in calls if call.name]
+    maps = {call.name: layer for call in inner if (layer := as_linear_map(call.name, call.module)) is not None}
+    head = next((call for call in reversed(inner) if call.name in maps), None)
+    if head is None or not torch.equal(head.y, calls[-1].y):
+        raise NoStream(f"the output of {type(model).__name__} does not come straight from a linear head")
+    if maps[head.name].weight is None:
+        raise NoStream(f"the weight of the head {head.name!r} cannot be read")
+    norm, stream = _norm_before(head.x, inner)
+    if norm is None:
+        raise NoStream(f"no norm feeds the head {head.name!r}")
+
+    blocks, parallel = [], []
+    while block := next((c for c in inner if _is_entry(c.name) and _same(c.y, stream) and not _same(c.x, c.y)), None):
+        writers = _writers(block, inner, maps)
+        blocks.append(writers)
+        parallel.append(any(w.feed_forward is not None and _reads(w.feed_forward, inner, block.x) for w in writers))
+        stream = block.x
+    if not any(blocks):
+        raise NoStream(f"no block of {type(model).__name__} adds the output of a linear map to its input")
+    return Stream(maps[head.name], norm, blocks[::-1], parallel[::-1])
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
+    """The calls of all modules, in the order they end, with the first rows of what went in and out."""
+    calls: list[_Call] = []
+    tokens = Tokens()
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            x = tokens.read(_first_tensor((*args, *kwargs.values())))
+            y = tokens.read(_first_tensor(output))
+            if y is not None and (x is not None or not name):
+                calls.append(_Call(name, module, y[:0] if x is None else x[:ROWS].clone(), y[:ROWS].clone()))
+
+        return see
+
+    with ExitStack() as handles:
+        handles.callback(model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
+        for name, module in model.named_modules():
+            handles.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
+        yield calls
+
+
+def _writers(block: _Call, calls: list[_Call], maps: dict[str, LinearMap]) -> list[Writer]:
+    """The linear maps whose outputs, times something, add up to what `block` adds to the stream."""
+    inside = [c for c in calls if c.name.startswith(f"{block.name}.") and c.y.shape == block.y.shape]
+    inside.sort(key=lambda call: call.name not in maps)  # of equal outputs, a linear map's is named first
+    distinct: list[_Call] = []
+    for call in inside:
+        if not any(_same(call.y, other.y) for other in distinct):
+            distinct.append(call)
+    added = (block.y.double() - block.x.double()).reshape(-1, 1)
+    outputs = torch.stack([call.y.double().flatten() for call in distinct], dim=1)
+    gains = _least_squares(outputs, added)
+    sizes = gains.abs() * outputs.norm(dim=0)
+    chosen = [i for i, size in enumerate(sizes.tolist()) if size > 0.02 * float(added.norm())]
+    if not chosen:
+        return []
+    gains = _least_squares(outputs[:, chosen], added)
+    rest = added.squeeze(1) - outputs[:, chosen] @ gains
+    rounding = torch.finfo(block.y.dtype).eps * float(block.y.double().norm())
+    if float(rest.norm()) > 1e-3 * float(added.norm()) + 2 * rounding:
+        return []
+    found: dict[str, Writer] = {}
+    for i, gain in zip(chosen, gains.tolist(), strict=True):
+        call, norm = distinct[i], None
+        if call.name not in maps:  # perhaps a norm between the writer and the stream
+            norm = Norm.of(call.module, call.x) if _is_leaf(call.module) else None
+            source = next((c for c in calls if c.name in maps and norm is not None and _same(c.y, call.x)), None)
+            if source is None:
+                continue
+            call = source
+        feed_forward = _feed_forward(call, [c for c in calls if c.name.startswith(f"{block.name}.")], maps)
+        found[call.name] = Writer(maps[call.name], gain, norm, feed_forward)
+    return [found[call.name] for call in calls if call.name in found]
+
+
+def _feed_forward(down: _Call, calls: list[_Call], maps: dict[str, LinearMap]) -> FeedForward | None:
+    """How the input of `down` is computed, if it is an activation function of linear maps of a norm."""
+    for act in calls:
+        if _parameters(act.module) or act.y.shape != down.x.shape:
+            continue
+        gate = next((c for c in calls if c.name in maps and _same(c.y, act.x)), None)
+        if gate is None or maps[gate.name].weight is None or maps[down.name].weight is None:
+            continue
+        ups = [c for c in calls if c.name in maps and c is not gate and _same(c.x, gate.x) and c.y.shape == act.y.shape]
+        up = next((c for c in ups if _same(act.y * c.y, down.x) and maps[c.name].weight is not None), None)
+        if up is None and not _same(act.y, down.x):
+            continue
+        norm, _ = _norm_before(gate.x, calls)
+        if norm is not None:
+            return FeedForward(norm, maps[gate.name], maps[up.name] if up else None, act.module, maps[down.name])
+    return None
+
+
+def _norm_before(x: Tensor, calls: list[_Call]) -> tuple[Norm | None, Tensor]:
+    """The norm whose output is `x`, and its input."""
+    for call in calls:
+        if _is_leaf(call.module) and _same(call.y, x) and (norm := Norm.of(call.module, call.x)):
+            return norm, call.x
+    return None, x
+
+
+def _reads(feed_forward: FeedForward, calls: list[_Call], stream: Tensor) -> bool:
+    return any(call.module is feed_forward.norm.module and _same(call.x, stream) for call in calls)
+
+
+def _least_squares(a: Tensor, b: Tensor) -> Tensor:
+    scale = a.norm(dim=0).clamp(min=1e-30)
+    return torch.linalg.lstsq((a / scale).cpu(), b.cpu(), driver="gelsd").solution.squeeze(1).to(a.device) / scale
+
+
+def _first_tensor(values: Any) -> Tensor | None:
+    """The first floating-point tensor of a module's arguments or output that has rows."""
+    if isinstance(values, Tensor):
+        values = (values,)
+    values = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
+    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1), None)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+def _parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _is_entry(name: str) -> bool:
+    return name.rpartition(".")[2].isdigit()

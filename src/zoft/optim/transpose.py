@@ -1,0 +1,100 @@
+"""Transposed Jacobians in closed form: how an error at a module's output reads at its input, row by row.
+
+No autograd: what is needed of a module is found by evaluating it, and checked against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zoft.optim.layers import LinearMap
+
+
+@dataclass(frozen=True)
+class Norm:
+    """``y = gain * x / rms(x) + b`` (RMSNorm), or with x - mean(x) in place of x (LayerNorm); `gain` float32 [d]."""
+
+    module: nn.Module
+    gain: Tensor
+    centred: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, like: Tensor) -> Norm | None:
+        """`module` as a norm of rows such as `like` [n, d], if it behaves as one."""
+        signs = torch.ones(like.shape[-1], device=like.device)
+        signs[1::2] = -1
+        signs -= signs.mean()
+        vectors = torch.stack((torch.zeros_like(signs), signs / signs.square().mean().sqrt(), torch.ones_like(signs)))
+        offset, alternating, constant = module(vectors.to(like.dtype)).float()
+        norm = cls(module, (alternating - offset) / vectors[1], bool((constant - offset).abs().max() < 1e-3))
+        standard, _ = norm._standard(like)
+        expected, found = standard * norm.gain + offset, module(like).float()
+        return norm if torch.allclose(expected, found, rtol=0.03, atol=0.03 * float(found.std())) else None
+
+    def pull(self, x: Tensor, error: Tensor) -> Tensor:
+        """``J(x)^T error`` for rows `x` [n, d] and `error` float32 [n, d]."""
+        standard, scale = self._standard(x)
+        error = error * self.gain
+        pulled = error - standard * (error * standard).mean(-1, keepdim=True)
+        if self.centred:
+            pulled = pulled - error.mean(-1, keepdim=True)
+        return pulled * scale
+
+    def _standard(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.float()
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        eps = getattr(self.module, "variance_epsilon", getattr(self.module, "eps", 0.0)) or 0.0
+        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        return x * scale, scale
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """``down(act(gate(x)) * up(x))``, or ``down(act(gate(x)))`` without `up`, with ``x = norm(h)``."""
+
+    norm: Norm
+    gate: LinearMap
+    up: LinearMap | None
+    act: Callable[[Tensor], Tensor]
+    down: LinearMap
+
+    def pull(self, h: Tensor, error: Tensor, transposed: Transposed) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """``J(h)^T error``, the rows x [n, d], and the errors at the outputs of `gate` and `up` [n, d_ff] by name.
+
+        `error` is at the output of `down`, `h` are rows of the stream; `transposed` multiplies by a map's weight.
+        """
+        x = self.norm.module(h)
+        (gate,) = self.gate.modules
+        opening = gate(x)
+        hidden = transposed(self.down, error)
+        errors = {self.gate.name: hidden * slope_of(self.act, opening)}
+        if self.up is not None:
+            (up,) = self.up.modules
+            errors[self.gate.name] *= up(x).float()
+            errors[self.up.name] = hidden * self.act(opening).float()
+        at_x = transposed(self.gate, errors[self.gate.name])
+        if self.up is not None:
+            at_x = at_x + transposed(self.up, errors[self.up.name])
+        return self.norm.pull(h, at_x), x, errors
+
+
+Transposed = Callable[[LinearMap, Tensor], Tensor]
+
+
+def transposed_product(layer: LinearMap, error: Tensor) -> Tensor:
+    """``error W`` [n, d_in], float32, for `error` float32 [n, d_out]; computed in the weight's dtype."""
+    assert layer.weight is not None
+    weight = layer.weight.t() if layer.transposed else layer.weight
+    scale = error.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)  # float16 has no room for small numbers
+    return ((error / scale).to(weight.dtype) @ weight).float() * scale
+
+
+def slope_of(act: Callable[[Tensor], Tensor], z: Tensor, step: float = 1e-3) -> Tensor:
+    """The derivative of the elementwise function `act` at `z`, float32, by central differences."""
+    z = z.float()
+    return (act(z + step) - act(z - step)) / (2 * step)
