@@ -69,7 +69,7 @@ class _Kept:
 
     tokens: Tokens
     coordinates: dict[str, Tensor] = field(default_factory=dict)  # x A of each writer, by map name
-    norm_inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of norms and feed-forward parts
 
 
 @contextmanager
@@ -84,20 +84,21 @@ def _kept(landscape: Landscape, stream: Stream) -> Iterator[_Kept]:
 
         return see
 
-    def see_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def see_input(module: nn.Module, args: tuple[Any, ...]) -> None:
         x = kept.tokens.read(args[0])
         if x is not None:
-            kept.norm_inputs[module] = x
+            kept.inputs[module] = x
 
-    norms = {stream.norm.module}
+    read = {stream.norm.module}
     with ExitStack() as handles:
         handles.callback(landscape.model.register_forward_pre_hook(kept.tokens.see, with_kwargs=True).remove)
         for writer in (writer for block in stream.blocks for writer in block):
             (module,) = writer.map.modules
             handles.callback(module.register_forward_hook(see_writer(writer.map.name)).remove)
-            norms |= {n.module for n in (writer.norm, writer.feed_forward and writer.feed_forward.norm) if n}
-        for norm in norms:
-            handles.callback(norm.register_forward_pre_hook(see_norm).remove)
+            read |= {writer.norm.module} if writer.norm else set()
+            read |= {writer.feed_forward.reader} if writer.feed_forward else set()
+        for module in read:
+            handles.callback(module.register_forward_pre_hook(see_input).remove)
         yield kept
 
 
@@ -114,17 +115,18 @@ class _Sweep:
         rows = self.kept.tokens.read(at_logits)
         if rows is None:
             raise ValueError(f"the error at the logits has shape {tuple(at_logits.shape)}, which is not the logits'")
-        error = stream.norm.pull(self.kept.norm_inputs[stream.norm.module], self.transposed(stream.head, rows.float()))
+        at_norm = self.transposed(stream.head, rows.float() * stream.scale)
+        error = stream.norm.pull(self.kept.inputs[stream.norm.module], at_norm)
         for writers, parallel in zip(reversed(stream.blocks), reversed(stream.parallel), strict=True):
             through = error
             for writer in reversed(writers):
                 at_output = (error if parallel else through) * writer.gain
                 if writer.norm is not None:
-                    at_output = writer.norm.pull(self.kept.norm_inputs[writer.norm.module], at_output)
+                    at_output = writer.norm.pull(self.kept.inputs[writer.norm.module], at_output)
                 self._add(writer.map.name, at_output, self.kept.coordinates.get(writer.map.name))
                 inner = writer.feed_forward
                 if inner is not None and self.feed_forward:
-                    h = self.kept.norm_inputs[inner.norm.module]
+                    h = self.kept.inputs[inner.reader]
                     at_input, x, errors = inner.pull(h, at_output, self.transposed)
                     through = through + at_input
                     for name, inner_error in errors.items():

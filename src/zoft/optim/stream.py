@@ -38,10 +38,14 @@ class Writer:
 
 @dataclass(frozen=True)
 class Stream:
-    """`blocks` holds the writers of each block in the order they are called; `parallel` which blocks' feed-forward
-    reads the stream before the block's other writers have joined it."""
+    """The stream ends in ``logits = scale * head(norm(h_end))``.
+
+    `blocks` holds the writers of each block in the order they are called; `parallel` says of which blocks the
+    feed-forward part reads the stream before the block's other writers have joined it.
+    """
 
     head: LinearMap
+    scale: float
     norm: Norm
     blocks: list[list[Writer]]
     parallel: list[bool]
@@ -66,7 +70,8 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream:
     inner = [call for call in calls if call.name]
     maps = {call.name: layer for call in inner if (layer := as_linear_map(call.name, call.module)) is not None}
     head = next((call for call in reversed(inner) if call.name in maps), None)
-    if head is None or not torch.equal(head.y, calls[-1].y):
+    scale = _ratio(calls[-1].y, head.y) if head is not None else None
+    if head is None or scale is None:
         raise NoStream(f"the output of {type(model).__name__} does not come straight from a linear head")
     if maps[head.name].weight is None:
         raise NoStream(f"the weight of the head {head.name!r} cannot be read")
@@ -82,7 +87,7 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream:
         stream = block.x
     if not any(blocks):
         raise NoStream(f"no block of {type(model).__name__} adds the output of a linear map to its input")
-    return Stream(maps[head.name], norm, blocks[::-1], parallel[::-1])
+    return Stream(maps[head.name], scale, norm, blocks[::-1], parallel[::-1])
 
 
 @contextmanager
@@ -127,22 +132,31 @@ def _writers(block: _Call, calls: list[_Call], maps: dict[str, LinearMap]) -> li
     rounding = torch.finfo(block.y.dtype).eps * float(block.y.double().norm())
     if float(rest.norm()) > 1e-3 * float(added.norm()) + 2 * rounding:
         return []
+    states = [block.x.double()]  # of the stream, as the writers join it
     found: dict[str, Writer] = {}
-    for i, gain in zip(chosen, gains.tolist(), strict=True):
-        call, norm = distinct[i], None
+    inner = [c for c in calls if c.name.startswith(f"{block.name}.")]
+    for gain, call in sorted(
+        zip(gains.tolist(), (distinct[i] for i in chosen), strict=True), key=lambda p: inner.index(p[1])
+    ):
+        states.append(states[-1] + gain * call.y.double())
+        source: _Call | None = call
+        norm: Norm | None = None
         if call.name not in maps:  # perhaps a norm between the writer and the stream
             norm = Norm.of(call.module, call.x) if _is_leaf(call.module) else None
-            source = next((c for c in calls if c.name in maps and norm is not None and _same(c.y, call.x)), None)
-            if source is None:
-                continue
-            call = source
-        feed_forward = _feed_forward(call, [c for c in calls if c.name.startswith(f"{block.name}.")], maps)
-        found[call.name] = Writer(maps[call.name], gain, norm, feed_forward)
-    return [found[call.name] for call in calls if call.name in found]
+            source = next((c for c in inner if c.name in maps and norm is not None and _same(c.y, call.x)), None)
+        if source is not None:
+            feed_forward = _feed_forward(source, inner, maps, states[:-1])
+            found[source.name] = Writer(maps[source.name], gain, norm, feed_forward)
+    return list(found.values())
 
 
-def _feed_forward(down: _Call, calls: list[_Call], maps: dict[str, LinearMap]) -> FeedForward | None:
-    """How the input of `down` is computed, if it is an activation function of linear maps of a norm."""
+def _feed_forward(
+    down: _Call, calls: list[_Call], maps: dict[str, LinearMap], states: list[Tensor]
+) -> FeedForward | None:
+    """How the input of `down` is computed, if it is an activation function of linear maps of the stream or its norm.
+
+    `states` holds the stream's values in this block before `down` joins it.
+    """
     for act in calls:
         if _parameters(act.module) or act.y.shape != down.x.shape:
             continue
@@ -154,7 +168,7 @@ def _feed_forward(down: _Call, calls: list[_Call], maps: dict[str, LinearMap]) -
         if up is None and not _same(act.y, down.x):
             continue
         norm, _ = _norm_before(gate.x, calls)
-        if norm is not None:
+        if norm is not None or any(_close(gate.x, state) for state in states):
             return FeedForward(norm, maps[gate.name], maps[up.name] if up else None, act.module, maps[down.name])
     return None
 
@@ -168,7 +182,7 @@ def _norm_before(x: Tensor, calls: list[_Call]) -> tuple[Norm | None, Tensor]:
 
 
 def _reads(feed_forward: FeedForward, calls: list[_Call], stream: Tensor) -> bool:
-    return any(call.module is feed_forward.norm.module and _same(call.x, stream) for call in calls)
+    return any(call.module is feed_forward.reader and _same(call.x, stream) for call in calls)
 
 
 def _least_squares(a: Tensor, b: Tensor) -> Tensor:
@@ -182,6 +196,20 @@ def _first_tensor(values: Any) -> Tensor | None:
         values = (values,)
     values = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
     return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1), None)
+
+
+def _ratio(y: Tensor, x: Tensor) -> float | None:
+    """s such that ``y = s x``, if there is one."""
+    if y.shape != x.shape:
+        return None
+    y, x = y.double(), x.double()
+    ratio = float((y * x).sum() / x.square().sum().clamp(min=1e-30))
+    return ratio if _close(y, ratio * x) else None
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding in half precision."""
+    return torch.allclose(one.double(), other.double(), rtol=0.01, atol=1e-2 * float(other.double().std()))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

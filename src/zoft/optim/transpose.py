@@ -55,20 +55,25 @@ class Norm:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """``down(act(gate(x)) * up(x))``, or ``down(act(gate(x)))`` without `up`, with ``x = norm(h)``."""
+    """``down(act(gate(x)) * up(x))``, or ``down(act(gate(x)))`` without `up`, with ``x = norm(h)`` or ``x = h``."""
 
-    norm: Norm
+    norm: Norm | None
     gate: LinearMap
     up: LinearMap | None
     act: Callable[[Tensor], Tensor]
     down: LinearMap
+
+    @property
+    def reader(self) -> nn.Module:
+        """The module that is called with h."""
+        return self.norm.module if self.norm is not None else self.gate.modules[0]
 
     def pull(self, h: Tensor, error: Tensor, transposed: Transposed) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """``J(h)^T error``, the rows x [n, d], and the errors at the outputs of `gate` and `up` [n, d_ff] by name.
 
         `error` is at the output of `down`, `h` are rows of the stream; `transposed` multiplies by a map's weight.
         """
-        x = self.norm.module(h)
+        x = h if self.norm is None else self.norm.module(h)
         (gate,) = self.gate.modules
         opening = gate(x)
         hidden = transposed(self.down, error)
@@ -80,7 +85,7 @@ class FeedForward:
         at_x = transposed(self.gate, errors[self.gate.name])
         if self.up is not None:
             at_x = at_x + transposed(self.up, errors[self.up.name])
-        return self.norm.pull(h, at_x), x, errors
+        return (at_x if self.norm is None else self.norm.pull(h, at_x)), x, errors
 
 
 Transposed = Callable[[LinearMap, Tensor], Tensor]

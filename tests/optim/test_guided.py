@@ -1,0 +1,279 @@
+"""The guided left factor: the stream is found, and the estimate is autograd's gradient without the ways it neglects."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CohereConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    MixtralConfig,
+    Olmo2Config,
+    PhiConfig,
+    PreTrainedModel,
+)
+
+from zoft.optim import Guided, Loss, cross_entropy
+from zoft.optim.stream import NoStream, Stream, find_stream
+from zoft.optim.transpose import Norm, slope_of
+
+from .models import ARCHITECTURES, GROUPED, SIZES, build, changed, llama, mlp, snapshot, token_batch
+
+GRANITE = {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.5}
+BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
+    **{name: make for name, (make, _) in ARCHITECTURES.items()},
+    "granite": lambda: build(GraniteConfig(**GROUPED, **GRANITE)),
+    "olmo2": lambda: build(Olmo2Config(**GROUPED)),
+    "gpt-neox": lambda: build(GPTNeoXConfig(**SIZES, intermediate_size=48, tie_word_embeddings=False)),
+    "gpt-neox sequential": lambda: build(GPTNeoXConfig(**SIZES, intermediate_size=48, use_parallel_residual=False)),
+    "cohere": lambda: build(CohereConfig(**GROUPED, logit_scale=0.25)),
+    "phi": lambda: build(PhiConfig(**SIZES, intermediate_size=48)),
+    "mixtral": lambda: build(MixtralConfig(**GROUPED, num_local_experts=2)),
+}
+ATTENTION = ("self_attn", "attn", "attention")  # the attention modules' names in these architectures
+
+
+def closure_of(model: nn.Module, batch: dict[str, Tensor], **options: int) -> Callable[[], Loss]:
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    return lambda: cross_entropy(model(**inputs, **options).logits, batch["labels"])
+
+
+def stream_of(model: nn.Module) -> Stream:
+    with torch.no_grad():
+        return find_stream(model, closure_of(model, token_batch()))
+
+
+def names(stream: Stream) -> list[str]:
+    return [writer.map.name for block in stream.blocks for writer in block]
+
+
+@contextmanager
+def detached(model: nn.Module, kinds: tuple[str, ...]) -> Iterator[None]:
+    """While open, no gradient flows to what modules of these names were called with."""
+
+    def cut(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        def detach(value: object) -> object:
+            return value.detach() if isinstance(value, Tensor) else value
+
+        return tuple(detach(a) for a in args), {k: detach(v) for k, v in kwargs.items()}
+
+    inner = [m for name, m in model.named_modules() if name.rpartition(".")[2] in kinds]
+    assert inner
+    handles = [m.register_forward_pre_hook(cut, with_kwargs=True) for m in inner]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def gradient(optimizer: Guided, closure: Callable[[], Loss]) -> dict[str, Tensor]:
+    """What autograd says of the optimizer's maps, [d_out, d_in]."""
+    weights = [m.weight for m in optimizer.maps]
+    found = torch.autograd.grad(closure().values.float(), weights, allow_unused=True)
+    pairs = zip(optimizer.maps, found, strict=True)
+    return {m.name: (g.t() if m.transposed else g).float() for m, g in pairs if g is not None}
+
+
+def estimated(optimizer: Guided, closure: Callable[[], Loss]) -> dict[str, Tensor]:
+    optimizer.estimate(closure)
+    estimate = optimizer.take_estimate()
+    assert estimate is not None
+    return {name: factor @ optimizer.bases[name].t() for name, factor in estimate.factors.items()}
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+# --- the stream --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_writers_are_found(name: str, dtype: torch.dtype) -> None:
+    stream = stream_of(BUILDERS[name]().to(dtype))
+    ends = {
+        "opt": ("out_proj", "fc2"),
+        "gpt2": ("c_proj", "c_proj"),
+        "gpt-neox": ("dense", "dense_4h_to_h"),
+        "gpt-neox sequential": ("dense", "dense_4h_to_h"),
+        "phi": ("dense", "fc2"),
+        "mixtral": ("o_proj",),  # experts are called with rows of their own
+    }.get(name, ("o_proj", "down_proj"))
+    assert [n.rpartition(".")[2] for n in names(stream)] == [*ends, *ends]
+    gain = 0.3 if name == "granite" else 1.0
+    for block in stream.blocks:
+        for writer in block:
+            assert writer.gain == pytest.approx(gain, rel=0.02)
+            assert (writer.norm is not None) == (name in ("gemma3", "olmo2"))
+        assert [w.feed_forward is not None for w in block] == [False, True][: len(ends)]
+    assert stream.parallel == [name in ("gpt-neox", "cohere", "phi")] * 2
+    assert stream.scale == pytest.approx({"granite": 0.25, "cohere": 0.25}.get(name, 1.0), rel=0.01)
+
+
+def test_a_model_without_a_stream_says_what_is_missing() -> None:
+    model, x = mlp(), torch.randn(6, 10)
+    with pytest.raises(NoStream, match="Sequential"):
+        find_stream(model, lambda: model(x))
+
+
+def test_a_block_that_normalises_the_stream_itself_breaks_it() -> None:
+    model = BUILDERS["opt"]()
+    for layer in model.model.decoder.layers:
+        layer.do_layer_norm_before = False
+    with pytest.raises(NoStream):
+        stream_of(model)
+
+
+# --- closed forms ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.RMSNorm(6, eps=1e-6)])
+def test_a_norm_pulls_an_error_back_as_autograd_does(norm: nn.Module) -> None:
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, 1, 0.3)
+    x, at_output = torch.randn(5, 6, requires_grad=True), torch.randn(5, 6)
+    (expected,) = torch.autograd.grad(norm(x), x, at_output)
+    with torch.no_grad():
+        found = Norm.of(norm, x.detach())
+        assert found is not None and found.centred == isinstance(norm, nn.LayerNorm)
+        torch.testing.assert_close(found.pull(x, at_output), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("module", [nn.Identity(), nn.Linear(6, 6), nn.SiLU(), nn.Softmax(-1)], ids=repr)
+def test_other_modules_are_no_norms(module: nn.Module) -> None:
+    with torch.no_grad():
+        assert Norm.of(module, torch.randn(5, 6)) is None
+
+
+def test_slope() -> None:
+    z = torch.randn(1000, requires_grad=True)
+    for act in (nn.functional.silu, nn.functional.gelu, torch.tanh):
+        (expected,) = torch.autograd.grad(act(z).sum(), z)
+        torch.testing.assert_close(slope_of(act, z.detach()), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kept", [None, 5])
+def test_cross_entropy_knows_its_slope(kept: int | None) -> None:
+    batch = token_batch()
+    if kept:
+        batch["labels"][:, :-4] = -100
+    logits = torch.randn(8, kept or 10, 64, requires_grad=True)
+    loss = cross_entropy(logits, batch["labels"])
+    if kept is None:  # transformers' own
+        model_loss = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
+        )
+        torch.testing.assert_close(loss.values, model_loss)
+    (expected,) = torch.autograd.grad(loss.values, logits)
+    torch.testing.assert_close(loss.error(), expected)
+
+
+# --- the estimate ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_it_is_the_gradient_without_the_way_through_attention(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    model = BUILDERS[name]().to(dtype)
+    if name == "opt":  # a central difference is not the slope at a kink
+        for layer in model.model.decoder.layers:
+            layer.activation_fn, tolerance = nn.GELU(), max(tolerance, 1e-3)
+    optimizer, closure = Guided(model, rank=64), closure_of(model, token_batch())
+    found = estimated(optimizer, closure)
+    optimizer.branches.detach()
+    blocked = (*ATTENTION, "mlp") if name == "mixtral" else ATTENTION
+    with detached(model, blocked):
+        expected = gradient(optimizer, closure)
+    stream = stream_of(model)
+    inner = [w.feed_forward for block in stream.blocks for w in block if w.feed_forward]
+    within = [m.name for f in inner for m in (f.gate, f.up) if m is not None]
+    assert found.keys() == {*names(stream), *within}
+    assert {name: e for name in found if (e := error(found[name], expected[name])) > tolerance} == {}
+
+
+def test_without_feed_forward_the_stream_is_the_identity() -> None:
+    model = llama()
+    optimizer, closure = Guided(model, rank=64, feed_forward=False), closure_of(model, token_batch())
+    found = estimated(optimizer, closure)
+    with detached(model, ("self_attn", "mlp")):
+        expected = gradient(optimizer, closure)
+    assert found.keys() == set(names(stream_of(model)))
+    assert all(error(found[name], expected[name]) < 1e-3 for name in found)
+
+
+def test_coefficients_already_trained_are_part_of_the_way_back() -> None:
+    model = llama()
+    optimizer, closure = Guided(model, rank=64, lr=0.01), closure_of(model, token_batch())
+    for _ in range(3):
+        optimizer.step(closure)
+    assert max(float(c.abs().max()) for c in optimizer.coefficients.values()) > 0.01
+    found = estimated(optimizer, closure)
+    with detached(model, ("self_attn",)):
+        expected = gradient(optimizer, closure)  # the side branches are in the model
+    assert all(error(found[name], expected[name]) < 1e-3 for name in found)
+
+
+def test_only_what_the_loss_reads_is_read() -> None:
+    """With the final logits only, and padding on the left, the estimate is that of all logits."""
+    batch = token_batch()
+    batch = {name: tensor.flip(1) for name, tensor in batch.items()}
+    batch["labels"][:, :-2] = -100
+    estimates = []
+    for options in ({}, {"logits_to_keep": 3}):
+        model = llama()
+        estimates.append(estimated(Guided(model, rank=64), closure_of(model, batch, **options)))
+    whole, part = estimates
+    for name in whole:
+        torch.testing.assert_close(part[name], whole[name], rtol=1e-3, atol=1e-6)
+
+
+def test_nothing_is_differentiated() -> None:
+    """It runs where autograd cannot, and leaves the model as it was."""
+    model = llama()
+    before = snapshot(model)
+    optimizer, closure = Guided(model, rank=4), closure_of(model, token_batch())
+    with torch.inference_mode():
+        optimizer.estimate(closure)
+        optimizer.step()
+    assert changed(model, before) == set()
+    assert any(float(c.abs().max()) > 0 for c in optimizer.coefficients.values())
+
+
+def test_one_forward_a_step_and_one_more_to_find_the_stream() -> None:
+    model = llama()
+    optimizer = Guided(model, rank=4)
+    forwards = []
+    for seed in range(3):
+        optimizer.step(closure_of(model, token_batch(seed=seed)))
+        forwards.append(optimizer.counters.forwards)
+    assert forwards == [2, 3, 4]
+
+
+@pytest.mark.parametrize("into", ["weights", "coefficients"])
+@pytest.mark.parametrize("make", [llama, partial(llama, tie_word_embeddings=True)])
+def test_it_learns_with_few_forwards(make: Callable[[], PreTrainedModel], into: str) -> None:
+    model, batch = make(), token_batch()
+    batch["labels"] = torch.where(batch["labels"] < 0, -100, 7)
+    optimizer, closure = Guided(model, lr=0.01, rank=8, into=into), closure_of(model, batch)
+    start = optimizer.step(closure)
+    for _ in range(20):
+        end = optimizer.step(closure)
+    assert start is not None and end is not None and end < 0.5 * start
+
+
+def test_a_closure_without_the_slope_is_refused() -> None:
+    model, batch = llama(), token_batch()
+    with pytest.raises(TypeError, match="Loss"):
+        Guided(model).step(lambda: model(**batch).loss)
+
+
+def test_a_loss_that_is_not_finite_is_skipped() -> None:
+    model = llama()
+    optimizer, closure = Guided(model), closure_of(model, token_batch())
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step(lambda: Loss(closure().values * torch.nan, closure().error))
+    assert optimizer.counters.skipped == 1 and not optimizer.coefficients
