@@ -242,3 +242,27 @@ def test_losses_keep_falling_or_staying_on_a_convex_problem_with_small_steps() -
     optimizer = AGZO(problem.model, lr=1e-3, two_sided=True)
     losses = [float(optimizer.step(problem.closure)) for _ in range(30)]
     assert all(after <= before + 1e-6 for before, after in pairwise(losses))
+
+
+class ByName(nn.Module):
+    """Calls its layers by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(10, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(input=torch.tanh(self.first(input=x)))
+
+
+@pytest.mark.parametrize("method", [AGZO, LOZO, MeZO, ZOAct])
+def test_layers_may_be_called_by_keyword(method: Callable[..., ZeroOrder]) -> None:
+    model, x = ByName(), normal((0, "x"), (8, 10))
+    optimizer = method(model, lr=0.1)
+    before = tensors_of(optimizer)
+    for _ in range(2):
+        optimizer.step(lambda: model(x).square().mean())
+    after = tensors_of(optimizer)
+    name = "first.coefficients" if optimizer.keeps_coefficients else "first.weight"
+    assert name not in before or not torch.equal(before[name], after[name])
+    assert float(after[name].abs().max()) > 0

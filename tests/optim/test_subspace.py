@@ -65,10 +65,10 @@ def test_renewing_bases_transports_the_momentum_of_each_layer() -> None:
         problem.model, lr=0.1, subspace=Activation(2, renew_every=3), estimator=Probes(), update=SGD(momentum=0.9)
     )
     optimizer.step(problem.closure)
-    old, mean = optimizer.bases["0"], optimizer._states["0"]["mean"].clone()
+    old, mean = optimizer.bases["0"], optimizer.updates["0"]["mean"].clone()
     new = orthonormal(10, 2, 5)
     optimizer.set_bases({"0": new})
-    torch.testing.assert_close(optimizer._states["0"]["mean"], mean @ old.t() @ new, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(optimizer.updates["0"]["mean"], mean @ old.t() @ new, rtol=1e-3, atol=1e-5)
     assert [m.name for m in optimizer.branches.active] == ["0"]
 
 

@@ -121,7 +121,8 @@ def _compare(
     found.cosines.append(sum(inner.values()) / (length * norm) if length else 0.0)
     found.captures.append(math.sqrt(caught) / norm)
     shape = math.sqrt(probed / spread) * moved / (norm * math.sqrt(moved + other)) if moved else 0.0
-    found.predicted.append(expected_cosine(probed) * shape if probed else 0.0)
+    drawn = bool(optimizer.projected_gradients)
+    found.predicted.append(expected_cosine(probed) * shape if probed and drawn else 0.0 if drawn else math.nan)
     for name, (square, total) in squares.items():
         cosine = inner[name] / math.sqrt(square * total) if square and total else 0.0
         found.layers.setdefault(name, []).append(cosine)

@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zoft.optim.layers import LinearMap
+from zoft.optim.layers import LinearMap, input_of
 
 T = TypeVar("T")
 
@@ -154,9 +154,9 @@ def captured(
         read = tokens.read(x) if read_only else None
         return tokens.rows(x) if read is None else read
 
-    def hook(layer: LinearMap) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
+    def hook(layer: LinearMap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = input_of(args, kwargs)
             if x.numel():  # an expert may be called with no token at all
                 basis = last.get(x, lambda: extract(layer, rows(x)))
                 seen = bases.get(layer.name)
@@ -168,5 +168,5 @@ def captured(
         handles.callback(model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
         for layer in maps:
             for module in layer.modules:
-                handles.callback(module.register_forward_pre_hook(hook(layer)).remove)
+                handles.callback(module.register_forward_pre_hook(hook(layer), with_kwargs=True).remove)
         yield bases

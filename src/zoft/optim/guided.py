@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from zoft.optim.capture import Tokens
 from zoft.optim.estimator import Estimate
 from zoft.optim.landscape import Landscape
-from zoft.optim.layers import LinearMap
+from zoft.optim.layers import LinearMap, input_of
 from zoft.optim.stream import Stream, find_stream
 from zoft.optim.transpose import transposed_product
 
@@ -77,15 +77,15 @@ def _kept(landscape: Landscape, stream: Stream) -> Iterator[_Kept]:
     kept = _Kept(Tokens())
 
     def see_writer(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            basis, x = landscape.basis(name), kept.tokens.read(args[0])
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            basis, x = landscape.basis(name), kept.tokens.read(input_of(args, kwargs))
             if basis is not None and x is not None:
                 kept.coordinates[name] = x.float() @ basis
 
         return see
 
-    def see_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = kept.tokens.read(args[0])
+    def see_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = kept.tokens.read(input_of(args, kwargs))
         if x is not None:
             kept.inputs[module] = x
 
@@ -94,11 +94,11 @@ def _kept(landscape: Landscape, stream: Stream) -> Iterator[_Kept]:
         handles.callback(landscape.model.register_forward_pre_hook(kept.tokens.see, with_kwargs=True).remove)
         for writer in (writer for block in stream.blocks for writer in block):
             (module,) = writer.map.modules
-            handles.callback(module.register_forward_hook(see_writer(writer.map.name)).remove)
+            handles.callback(module.register_forward_hook(see_writer(writer.map.name), with_kwargs=True).remove)
             read |= {writer.norm.module} if writer.norm else set()
             read |= {writer.feed_forward.reader} if writer.feed_forward else set()
         for module in read:
-            handles.callback(module.register_forward_pre_hook(see_input).remove)
+            handles.callback(module.register_forward_pre_hook(see_input, with_kwargs=True).remove)
         yield kept
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim.capture import Basis
+from zoft.optim.layers import device_of
 from zoft.optim.loss import Loss
 from zoft.optim.noise import Key
 from zoft.optim.probe import Direction, SideBranches, draw, lent
@@ -44,7 +45,7 @@ class Landscape:
     _fresh: dict[str, Basis] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._randomness = _Randomness(next(self.model.parameters()).device)
+        self._randomness = _Randomness(device_of(self.model))
 
     @property
     def needs_clean(self) -> bool:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,7 @@ class LinearMap:
 
     @property
     def device(self) -> torch.device:
-        module = (*self.modules, *self.lookups)[0]
-        return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+        return device_of(*self.modules, *self.lookups)
 
 
 def find_linear_maps(
@@ -118,6 +117,17 @@ def owners_of(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator
         names = [name_of[id(p)] for p in module._parameters.values() if id(p) in name_of]
         if names:
             yield module, names
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a linear map was called with, whether by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def device_of(*modules: nn.Module) -> torch.device:
+    """Where the first parameter or buffer of `modules` lies; the CPU, if they have none."""
+    tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from zoft.optim import checkpoint
 from zoft.optim.capture import Basis, captured
 from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape
@@ -114,8 +114,8 @@ class ZeroOrder(torch.optim.Optimizer):
             self.branches.attach()
         self.counters = Counters()
         self.loss, self.projected_gradients = math.nan, []  # type: float, list[float]
-        self._states: dict[str, State] = {}
-        self._renewed_at: int | None = None  # step of the last renewal
+        self.updates: dict[str, State] = {}  # what the update rule keeps, by map or parameter name
+        self.renewed_at: int | None = None  # step of the last renewal
         self._drawn = 0  # directions drawn in this step
         self._unused: set[str] = set()  # dense parameters that the last estimate's passes did not read
         self._estimate: Estimate | None = None
@@ -249,7 +249,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 add_dense_(parameter, self._move(name, gradient) * -lr, self._rounding_key(name), shrink)
 
     def _move(self, name: str, gradient: Tensor) -> Tensor:
-        return self.update(gradient, self._states.setdefault(name, {}))
+        return self.update(gradient, self.updates.setdefault(name, {}))
 
     def _rounding_key(self, name: str) -> tuple[int | str, ...]:
         return (self.seed, self.counters.steps, "rounding", name)
@@ -258,7 +258,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     @property
     def _due(self) -> bool:
-        return not isinstance(self.subspace, Full) and self.subspace.due(self.counters.steps, self._renewed_at)
+        return not isinstance(self.subspace, Full) and self.subspace.due(self.counters.steps, self.renewed_at)
 
     def _capture(self) -> Callable[[], AbstractContextManager[dict[str, Basis]]]:
         subspace = self.subspace
@@ -269,7 +269,7 @@ class ZeroOrder(torch.optim.Optimizer):
     def set_bases(self, bases: dict[str, Tensor]) -> None:
         """Move in these bases (float32 [d_in, r], by map name) from now on; maps without one stay still."""
         for name, new in bases.items():
-            state, old = self._states.get(name), self.bases.get(name)
+            state, old = self.updates.get(name), self.bases.get(name)
             if old is None or not (state or name in self.coefficients):
                 continue  # nothing is expressed in the old basis
             change = change_of_basis(old, new)
@@ -279,7 +279,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 self.coefficients[name] = self.coefficients[name] @ change
         self.bases.update(bases)
         self.branches.active = [m for m in self.maps if m.name in bases]
-        self._renewed_at = self.counters.steps
+        self.renewed_at = self.counters.steps
         if self.keeps_coefficients:
             for m in self.branches.active:
                 rank = bases[m.name].shape[1]
@@ -289,15 +289,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that continuing needs besides the model. An estimate not stepped on yet is not part of it."""
-        return {
-            "made_for": self._made_for(),
-            "state": {"bases": self.bases, "coefficients": self.coefficients, "updates": self._states},
-            "active": [m.name for m in self.branches.active],
-            "renewed_at": self._renewed_at,
-            "counters": asdict(self.counters),
-            "seed": self.seed,
-            "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
-        }
+        return checkpoint.pack(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`. Tensors keep their dtype (float32), whatever that of the weights.
@@ -305,42 +297,13 @@ class ZeroOrder(torch.optim.Optimizer):
         Raises:
             ValueError: it belongs to another model, or to a method of another kind.
         """
-        if state_dict.get("made_for") != self._made_for():
-            raise ValueError(
-                "this optimizer state is of another model or method: it trains other layers, or in another way"
-            )
-        devices = {m.name: m.device for m in self.maps} | {name: p.device for name, p in self.dense.items()}
-        state = copy.deepcopy(state_dict["state"])  # layers that share a basis share its copy
-        for own, loaded in ((self.bases, state["bases"]), (self.coefficients, state["coefficients"])):
-            own.clear()
-            own.update(_moved(loaded, devices))
-        self._states = {
-            name: {k: v if v.dim() == 0 else v.to(devices[name]) for k, v in values.items()}
-            for name, values in state["updates"].items()
-        }
-        self.branches.active = [m for m in self.maps if m.name in state_dict["active"]]
-        self._renewed_at, self.seed = state_dict["renewed_at"], state_dict["seed"]
-        self.counters = Counters(**state_dict["counters"])
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update(saved)
+        checkpoint.unpack(self, state_dict)
         self._estimate, self._drawn = None, 0
-
-    def _made_for(self) -> dict[str, Any]:
-        shapes = {m.name: [m.d_out, m.d_in] for m in self.maps} | {n: list(p.shape) for n, p in self.dense.items()}
-        return {"into": self.update.into, "shapes": shapes}
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(f"{message} (step {self.counters.steps}; said once, counted on)", stacklevel=4)
-
-
-def _moved(tensors: dict[str, Tensor], devices: dict[str, torch.device]) -> dict[str, Tensor]:
-    """`tensors` on the devices of their layers; one that several layers share stays one."""
-    moved: dict[tuple[int, torch.device], Tensor] = {}
-    for name, tensor in tensors.items():
-        moved.setdefault((id(tensor), devices[name]), tensor.to(devices[name]))
-    return {name: moved[id(tensor), devices[name]] for name, tensor in tensors.items()}
 
 
 def _check(lr: float, eps: float, weight_decay: float, others: str, subspace: Subspace, update: Update) -> None:

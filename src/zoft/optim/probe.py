@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim.capture import OfLastInput
-from zoft.optim.layers import LinearMap, owners_of
+from zoft.optim.layers import LinearMap, input_of, owners_of
 from zoft.optim.noise import Key, normal, normal_chunks
 
 
@@ -65,7 +65,7 @@ class SideBranches:
         if not self._handles:
             for layer in self.maps:
                 for module in (*layer.modules, *layer.lookups):
-                    self._handles.append(module.register_forward_hook(self._hook(layer.name, module)))
+                    self._handles.append(module.register_forward_hook(self._hook(layer.name, module), with_kwargs=True))
 
     def detach(self) -> None:
         """Take the branches out of the model."""
@@ -83,20 +83,20 @@ class SideBranches:
             if not already:
                 self.detach()
 
-    def _hook(self, name: str, module: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
-        def lookup(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+    def _hook(self, name: str, module: nn.Module) -> Callable[..., Tensor | None]:
+        def lookup(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             factor = self.factors.get(name)
             if factor is None:
                 return None
             self.used.add(name)
-            return y + (factor[args[0]] @ self.bases[name].t()).to(y.dtype)
+            return y + (factor[input_of(args, kwargs)] @ self.bases[name].t()).to(y.dtype)
 
-        def linear(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        def linear(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             factor = self.factors.get(name)
             if factor is None:
                 return None
             self.used.add(name)
-            return y + self._project(args[0], self.bases[name]).to(y.dtype) @ factor.t().to(y.dtype)
+            return y + self._project(input_of(args, kwargs), self.bases[name]).to(y.dtype) @ factor.t().to(y.dtype)
 
         return lookup if isinstance(module, nn.Embedding) else linear
 
