@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from zoft.bench.gradient import Closure, slope, true_gradients
@@ -33,7 +34,7 @@ class Ladder:
         for distance in self.distances:
             for signed in (distance, -distance):
                 self.losses[signed] = landscape.at(direction, signed)
-        estimate.add(direction, 1.0)
+        estimate.add(direction, torch.tensor(1.0))
         return self.losses[0.0], [1.0]
 
     def difference(self, distance: float, two_sided: bool) -> float:

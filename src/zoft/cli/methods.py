@@ -25,18 +25,19 @@ def _describe() -> dict[str, dict[str, Any]]:
     from torch import nn
 
     from zoft.optim import METHODS
+    from zoft.train.optimizers import method_options
 
     described = {}
     for name, method in METHODS.items():
         optimizer = method(nn.Linear(2, 2))
-        group = optimizer.param_groups[0]
+        defaults = method_options(name, {})
         described[name] = {
             "subspace": str(optimizer.subspace),
             "estimator": str(optimizer.estimator),
             "update": str(optimizer.update),
             "others": optimizer.others,
-            "lr": group["lr"],
-            "eps": group["eps"],
+            "lr": defaults["lr"],
+            "eps": defaults.get("eps", ""),
             "paper": getattr(optimizer, "paper", ""),
         }
     return described

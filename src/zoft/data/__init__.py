@@ -5,7 +5,7 @@ from .custom import custom_task, parse_words
 from .dataset import TaskDataset
 from .encode import Encoder, Item
 from .metrics import score
-from .objective import choose, losses, positions_to_keep, read_logits, slope
+from .objective import choose, examples, losses, positions_to_keep, read_logits, slope
 from .source import hold_out, load_rows, sample
 from .task import Row, Task, load_task, task_names
 
@@ -18,6 +18,7 @@ __all__ = [
     "TaskDataset",
     "choose",
     "custom_task",
+    "examples",
     "hold_out",
     "load_rows",
     "load_task",

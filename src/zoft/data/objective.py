@@ -45,6 +45,11 @@ def losses(logits: Tensor, batch: Batch) -> Tensor:
     return -_log_likelihoods(logits, batch["labels"]) / (batch["labels"] != IGNORE).sum(1)
 
 
+def examples(batch: Batch) -> Tensor | None:
+    """The example that each of the batch's sequences belongs to, int64 [N]; None if they are the same, N = B."""
+    return _places(batch["counts"])[0] if "counts" in batch else None
+
+
 def slope(logits: Tensor, batch: Batch) -> Tensor:
     """The gradient of the mean of `losses` with respect to `logits`, float32 [N, K, V], in closed form."""
     if "label_words" in batch:

@@ -5,6 +5,7 @@ from zoft.optim.layers import LinearMap, NoLinearLayers
 from zoft.optim.loss import Loss, cross_entropy
 from zoft.optim.methods import AGZO, LOZO, METHODS, Guided, MeZO, ZOAct
 from zoft.optim.optimizer import ZeroOrder
+from zoft.optim.stream import NoStream
 from zoft.optim.subspace import Activation, Full, RandomLowRank
 from zoft.optim.update import SGD, Adam
 
@@ -22,6 +23,7 @@ __all__ = [
     "Loss",
     "MeZO",
     "NoLinearLayers",
+    "NoStream",
     "Probes",
     "RandomLowRank",
     "ZOAct",

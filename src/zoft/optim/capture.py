@@ -99,7 +99,8 @@ class Tokens:
         inputs = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() >= 2), None)
         if inputs is None:
             return
-        batch, length = self._shape = (inputs.shape[0], inputs.shape[1])
+        features = inputs.is_floating_point() and inputs.dim() == 2
+        batch, length = self._shape = (inputs.shape[0], 1 if features else inputs.shape[1])
         if isinstance(mask, Tensor) and mask.shape == self._shape:
             read = mask.bool()
             if not bool(read.all()):
@@ -117,6 +118,15 @@ class Tokens:
             return flat
         same = x.shape[:-1] == self._shape or (x.dim() == 2 and len(x) == self._shape[0] * self._shape[1])
         return flat.index_select(0, self._tokens.to(x.device)) if same else flat
+
+    def by_example(self, x: Tensor) -> Tensor | None:
+        """`x` as [batch, rows, d], without copying; None if its rows do not lie example by example."""
+        if self._shape is None:
+            return None
+        batch, length = self._shape
+        if x.dim() == 2:
+            return x.view(batch, length, -1) if len(x) == batch * length else None
+        return x.flatten(1, -2) if len(x) == batch else None
 
     def read(self, x: Tensor | None) -> Tensor | None:
         """The rows of `x` that the loss reads, [rows, d]; `x` is [batch, tokens, d], or has its final tokens only.

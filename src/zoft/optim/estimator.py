@@ -8,9 +8,11 @@ the left factor at random and weigh it with a finite difference; an estimator th
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from zoft.optim.landscape import Landscape
@@ -30,11 +32,24 @@ class Estimate:
     dense: list[tuple[Key, float]] = field(default_factory=list)
     count: int = 0
 
-    def add(self, direction: Direction, coefficient: float, scale: float = 1.0) -> None:
-        """Add ``coefficient * direction``, its low-rank part divided by `scale`."""
+    def add(
+        self, direction: Direction, coefficient: Tensor, scale: float = 1.0, shared: Set[str] = frozenset()
+    ) -> None:
+        """Add ``coefficient * direction``, its low-rank part divided by `scale`.
+
+        If every example has a direction of its own, so it has a coefficient, and what is added is their mean; maps in
+        `shared` moved in the first example's direction with all of them.
+        """
+        mean = float(coefficient.mean())
         for name, factor in direction.factors.items():
-            self.add_factor(name, factor * (coefficient / scale))
-        self.dense.append((direction.key, coefficient))
+            if factor.dim() == 2:
+                self.add_factor(name, factor * (mean / scale))
+            elif name in shared:
+                self.add_factor(name, factor[0] * (mean / scale))
+            else:
+                weights = coefficient.to(factor.device, factor.dtype) / (len(coefficient) * scale)
+                self.add_factor(name, torch.einsum("b,bor->or", weights, factor))
+        self.dense.append((direction.key, mean))
 
     def merge(self, other: Estimate) -> None:
         """Add `other` as one more estimate."""
@@ -61,36 +76,46 @@ class Probes:
     ``g = (f(+eps) - f(-eps)) / (2 eps)``, 2 count forwards (one more when a basis must be renewed from a clean
     pass), bias quadratic in eps. The estimate of one direction D is ``g D``, its low-rank part divided by `scale`.
 
+    With `per_example`, every example of the batch is probed along a direction of its own, in the same forwards: the
+    estimate is the mean of ``g_i D_i`` over the examples i with their own loss differences g_i, as unbiased as before.
+    It needs one loss per example from the closure.
+
     A probe whose losses are not finite adds nothing; its projected gradient is returned as it is.
     """
 
     count: int = 1
     two_sided: bool = False
     scale: float = 1.0
+    per_example: bool = False
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"the number of probes must be at least 1, not {self.count}")
 
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
-        eps = landscape.eps
-        centre = landscape.clean() if landscape.needs_clean or not self.two_sided else None
+        eps, centre = landscape.eps, None
+        if landscape.needs_clean or not self.two_sided or self.per_example:
+            landscape.clean()
+            centre = landscape.losses
         losses, gradients = [], []
         for _ in range(self.count):
-            direction = landscape.draw()
-            plus = landscape.at(direction, eps)
+            direction = landscape.draw(self.per_example)
+            landscape.at(direction, eps)
+            plus = landscape.losses
             if self.two_sided:
-                minus = landscape.at(direction, -eps)
+                landscape.at(direction, -eps)
+                minus = landscape.losses
                 gradient = (plus - minus) / (2 * eps)
-                losses.append((plus + minus) / 2)
+                losses.append(float((plus + minus).mean()) / 2)
             else:
                 assert centre is not None
                 gradient = (plus - centre) / eps
-            gradients.append(gradient)
-            if math.isfinite(gradient):
-                estimate.add(direction, gradient / self.count, self.scale)
-        return (centre if centre is not None else sum(losses) / len(losses)), gradients
+            gradients.append(float(gradient.mean()))
+            if math.isfinite(gradients[-1]):
+                estimate.add(direction, gradient / self.count, self.scale, landscape.branches.shared)
+        return (float(centre.mean()) if centre is not None else sum(losses) / len(losses)), gradients
 
     def __str__(self) -> str:
         sides = "two-sided" if self.two_sided else "one-sided"
-        return f"{sides}, {self.count} probe{'s' if self.count > 1 else ''}"
+        each = " per example" if self.per_example else ""
+        return f"{sides}, {self.count} probe{'s' if self.count > 1 else ''}{each}"

@@ -26,8 +26,8 @@ class Landscape:
 
     `key` prefixes the noise of the directions drawn, numbered from `drawn` on. If `capture` is given, the bases are
     due for renewal: the next clean pass runs inside it, and what it yields is handed to `renew`. `forwards` counts
-    the passes, `used` collects the maps and dense parameters that a perturbed pass has read, `error` is that of the
-    latest pass, if the closure returned a `Loss`.
+    the passes, `used` collects the maps and dense parameters that a perturbed pass has read. `losses` holds what the
+    closure returned in the latest pass, float64 [batch] or [], `error` its slope, if it returned a `Loss` that has one.
     """
 
     model: nn.Module
@@ -41,7 +41,9 @@ class Landscape:
     renew: Callable[[dict[str, Tensor]], None]
     forwards: int = 0
     used: set[str] = field(default_factory=set)
+    losses: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
     error: Callable[[], Tensor] | None = None
+    _examples: Tensor | None = None
     _fresh: dict[str, Basis] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,21 +70,30 @@ class Landscape:
         fresh = self._fresh.get(name)
         return fresh.vectors if fresh is not None else self.branches.bases.get(name)
 
-    def draw(self) -> Direction:
-        """A fresh random direction."""
+    def draw(self, per_example: bool = False) -> Direction:
+        """A fresh random direction, or one for each example of the latest pass.
+
+        Raises:
+            ValueError: the closure does not return one loss per example.
+        """
+        if per_example and self.losses.dim() == 0:
+            raise ValueError("per-example probes need one loss per example from the closure, not their mean")
         self.drawn += 1
-        return draw((*self.key, self.drawn - 1), self.branches.active, self.branches.bases)
+        examples = len(self.losses) if per_example else None
+        return draw((*self.key, self.drawn - 1), self.branches.active, self.branches.bases, examples)
 
     def at(self, direction: Direction, distance: float) -> float:
         """The loss at ``distance * direction`` from the centre."""
         branches, centre = self.branches, self.branches.factors
-        moved = {name: factor * distance for name, factor in direction.factors.items()}
+        moved = {name: self._by_sequence(factor) * distance for name, factor in direction.factors.items()}
         moved = {name: centre[name] + factor if name in centre else factor for name, factor in moved.items()}
         with ExitStack() as stack:
             stack.callback(setattr, branches, "factors", centre)
             branches.factors = centre | moved
             stack.enter_context(branches.attached())
             used = stack.enter_context(lent(self.model, self.dense, distance, direction.key))
+            if any(factor.dim() == 3 for factor in moved.values()):
+                stack.callback(self.model.register_forward_pre_hook(branches.tokens.see, with_kwargs=True).remove)
             branches.used.clear()
             loss = self.forward()
         self.used |= used | branches.used
@@ -93,17 +104,19 @@ class Landscape:
         """Maps and dense parameters that no perturbed pass has read: the loss says nothing about them."""
         return (self.dense.keys() | {m.name for m in self.branches.active}) - self.used
 
+    def _by_sequence(self, factor: Tensor) -> Tensor:
+        """A factor [examples, d_out, r] as the sequences of the model's batch need it."""
+        return factor if factor.dim() == 2 or self._examples is None else factor[self._examples.to(factor.device)]
+
     def forward(self) -> float:
         """The loss of one pass over the model as it is."""
         self._randomness.rewind()
         self.forwards += 1
         loss = self.closure()
-        self.error = None
-        if isinstance(loss, Loss):
-            loss, self.error = loss
-        if not isinstance(loss, Tensor):
-            return float(loss)
-        return float(loss.detach().cpu().double().mean())  # on the CPU: not every device has float64
+        loss = loss if isinstance(loss, Loss) else Loss(torch.as_tensor(loss))
+        self.error, self._examples = loss.error, loss.examples
+        self.losses = loss.values.detach().cpu().double()  # on the CPU: not every device has float64
+        return float(self.losses.mean())
 
 
 class _Randomness:

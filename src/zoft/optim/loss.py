@@ -10,14 +10,16 @@ from torch import Tensor
 
 
 class Loss(NamedTuple):
-    """What a closure may return instead of a tensor, for methods that use the error at the logits.
+    """What a closure may return instead of a tensor, for methods that ask for more.
 
     `values` is the mean loss, or one loss per example [batch]; ``error()`` the gradient of their mean with respect to
-    the logits that the model returned, in their shape.
+    the logits that the model returned, in their shape. Where an example is several sequences of the model's batch,
+    `examples` int64 [sequences] says which example each belongs to.
     """
 
     values: Tensor
-    error: Callable[[], Tensor]
+    error: Callable[[], Tensor] | None = None
+    examples: Tensor | None = None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Loss:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoft.optim.capture import OfLastInput
+from zoft.optim.capture import OfLastInput, Tokens
 from zoft.optim.layers import LinearMap, input_of, owners_of
 from zoft.optim.noise import Key, normal, normal_chunks
 
@@ -25,19 +25,21 @@ from zoft.optim.noise import Key, normal, normal_chunks
 class Direction:
     """One random direction: ``R A^T`` for each linear map, replayed Gaussian noise for each dense parameter.
 
-    `key` names the noise; `factors` holds R, float32 [d_out, r], by map name.
+    `key` names the noise; `factors` holds R, float32 [d_out, r], by map name, or [batch, d_out, r] if every example of
+    the batch has a direction of its own.
     """
 
     key: Key
     factors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def draw(key: Key, maps: Sequence[LinearMap], bases: dict[str, Tensor]) -> Direction:
-    """The direction named `key`: R is standard normal for every map that has a basis [d_in, r]."""
+def draw(key: Key, maps: Sequence[LinearMap], bases: dict[str, Tensor], examples: int | None = None) -> Direction:
+    """The direction named `key`, R standard normal for every map that has a basis; one for each of `examples`."""
+    leading = () if examples is None else (examples,)
     return Direction(
         key,
         {
-            m.name: normal((*key, m.name), (m.d_out, bases[m.name].shape[1]), device=bases[m.name].device)
+            m.name: normal((*key, m.name), (*leading, m.d_out, bases[m.name].shape[1]), device=bases[m.name].device)
             for m in maps
             if m.name in bases
         },
@@ -49,6 +51,9 @@ class SideBranches:
 
     Set `factors` (float32, by map name) and run the model inside ``with branches.attached():``, or `attach` them
     for good. The branch is computed in the output's dtype. `active` are the maps that the latest bases are for.
+
+    A factor [batch, d_out, r] acts on each example by itself. Where a map's rows do not lie example by example (routed
+    tokens, an embedding), its first example's factor acts on all, and the map is in `shared`.
     """
 
     def __init__(self, maps: Sequence[LinearMap]) -> None:
@@ -57,6 +62,8 @@ class SideBranches:
         self.bases: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
         self.used: set[str] = set()
+        self.shared: set[str] = set()
+        self.tokens = Tokens()
         self._handles: list[Any] = []
         self._projected = OfLastInput[tuple[Tensor, Tensor]]()
 
@@ -84,21 +91,32 @@ class SideBranches:
                 self.detach()
 
     def _hook(self, name: str, module: nn.Module) -> Callable[..., Tensor | None]:
-        def lookup(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        add = self._lookup if isinstance(module, nn.Embedding) else self._linear
+
+        def branch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             factor = self.factors.get(name)
             if factor is None:
                 return None
             self.used.add(name)
-            return y + (factor[input_of(args, kwargs)] @ self.bases[name].t()).to(y.dtype)
+            return y + add(name, input_of(args, kwargs), factor, y)
 
-        def linear(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-            factor = self.factors.get(name)
-            if factor is None:
-                return None
-            self.used.add(name)
-            return y + self._project(input_of(args, kwargs), self.bases[name]).to(y.dtype) @ factor.t().to(y.dtype)
+        return branch
 
-        return lookup if isinstance(module, nn.Embedding) else linear
+    def _lookup(self, name: str, index: Tensor, factor: Tensor, y: Tensor) -> Tensor:
+        return (self._one(name, factor)[index] @ self.bases[name].t()).to(y.dtype)
+
+    def _linear(self, name: str, x: Tensor, factor: Tensor, y: Tensor) -> Tensor:
+        projected = self._project(x, self.bases[name]).to(y.dtype)
+        each = self.tokens.by_example(projected) if factor.dim() == 3 else None
+        if each is not None:
+            return torch.bmm(each, factor.transpose(1, 2).to(y.dtype)).view(y.shape)
+        return projected @ self._one(name, factor).t().to(y.dtype)
+
+    def _one(self, name: str, factor: Tensor) -> Tensor:
+        if factor.dim() == 2:
+            return factor
+        self.shared.add(name)
+        return factor[0]
 
     def _project(self, x: Tensor, basis: Tensor) -> Tensor:
         """``x A``, computed once for layers that share both."""

@@ -22,7 +22,8 @@ def save_adapter(optimizer: ZeroOrder, folder: Path) -> None:
     Raises:
         UserError: there are no coefficients: no estimate was made, or none had a finite loss.
     """
-    ranks = {name: factor.shape[1] for name, factor in optimizer.coefficients.items()}
+    trained = {name: factor for name, factor in optimizer.coefficients.items() if name in optimizer.updates}
+    ranks = {name: factor.shape[1] for name, factor in trained.items()}
     if not ranks:
         raise UserError("there are no coefficients to save: no estimate so far had a finite loss")
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -40,7 +41,7 @@ def save_adapter(optimizer: ZeroOrder, folder: Path) -> None:
         inference_mode=True,
     )
     tensors = {}
-    for name, factor in optimizer.coefficients.items():
+    for name, factor in trained.items():
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = (
             optimizer.bases[name].t().cpu().clone(memory_format=torch.contiguous_format)

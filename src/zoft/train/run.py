@@ -12,9 +12,10 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 from zoft import __version__
 from zoft.data import Encoder, Row, Task, TaskDataset, hold_out, load_rows, sample
 from zoft.errors import UserError
+from zoft.optim import NoStream
 from zoft.report import write_report
 from zoft.train.arguments import training_arguments
-from zoft.train.callbacks import LiveProgress, RunLog
+from zoft.train.callbacks import Clock, LiveProgress, RunLog
 from zoft.train.config import TrainConfig
 from zoft.train.files import read_json, write_json
 from zoft.train.memory import peak_memory_bytes
@@ -23,7 +24,7 @@ from zoft.train.optimizers import build
 from zoft.train.task_trainer import TaskTrainer
 
 EXAMPLES_SHOWN = 6
-ADAPTER_METHODS = ("zo-act", "lora")  # what they save is small
+ADAPTER_METHODS = ("zo-act", "guided", "lora")  # what they save is small
 FIRST_ORDER_STEP = 3  # forwards that a forward and a backward cost
 
 
@@ -66,7 +67,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         train_dataset=data["train"],
         eval_dataset=data["dev"],
         optimizers=(optimizer, None),
-        callbacks=[log, progress],
+        callbacks=[log, progress, Clock(log, config.seconds, config.eval_seconds)],
     )
 
     def validate() -> dict[str, Any]:
@@ -85,6 +86,8 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
 
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except NoStream as error:
+        raise UserError(f"method {config.method}: {error}; agzo and zo-act need none") from error
     finally:
         progress.stop()
 

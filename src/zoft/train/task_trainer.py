@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from zoft.data import Collator, Task, choose, losses, read_logits, score, slope
+from zoft.data import Collator, Task, choose, examples, losses, read_logits, score, slope
 from zoft.optim import Loss
 from zoft.train.trainer import ZOTrainer
 
@@ -107,7 +107,7 @@ class TaskTrainer(ZOTrainer):
         """The loss of each example [B] and its slope for a zeroth-order optimizer, their mean for a first-order one."""
         logits = read_logits(model, inputs)
         loss: Any = losses(logits, inputs)
-        loss = loss.mean() if self.zero_order is None else Loss(loss, partial(slope, logits, inputs))
+        loss = loss.mean() if self.zero_order is None else Loss(loss, partial(slope, logits, inputs), examples(inputs))
         return (loss, logits) if return_outputs else loss
 
     def prediction_step(

@@ -40,6 +40,7 @@ class AGZO(ZeroOrder):
         two_sided: bool = False,
         renew_every: int = 1,
         probes: int = 1,
+        per_example: bool = False,
         others: Literal["frozen", "gaussian"] = "frozen",
         **options: Any,
     ) -> None:
@@ -48,7 +49,7 @@ class AGZO(ZeroOrder):
             lr=lr,
             eps=eps,
             subspace=Activation(rank, power_steps, renew_every),
-            estimator=Probes(probes, two_sided),
+            estimator=Probes(probes, two_sided, per_example=per_example),
             update=SGD(),
             others=others,
             **options,

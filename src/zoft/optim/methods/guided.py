@@ -14,6 +14,21 @@ from zoft.optim.update import Adam
 
 
 class Guided(ZeroOrder):
+    """Adam on coefficients whose gradient estimate comes from one clean forward pass, without probes.
+
+    The first clean pass gives each linear layer (but the output head) A [d_in, r], an orthonormal basis of its inputs
+    at the positions that the loss reads, r at most their number, and A stays. Each step computes the coefficients'
+    estimate from the error at the output (`zoft.optim.guided`) and hands it to Adam. Only matrices that the estimate
+    reaches are trained. One forward a step, and one more at the first to find the residual stream. The closure
+    must return a `zoft.optim.Loss`.
+
+    With ``into="weights"`` the steps are written into the weights, and the basis may be renewed every
+    `renew_every` steps; ``feed_forward=False`` counts the stream as the identity (`zoft.optim.guided.Guided`).
+
+    Raises:
+        NoStream: at the first estimate, if the model has no residual stream that ends in a norm and a linear head.
+    """
+
     def __init__(
         self,
         model: nn.Module,

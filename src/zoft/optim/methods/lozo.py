@@ -37,6 +37,7 @@ class LOZO(ZeroOrder):
         renew_every: int = 100,
         momentum: float = 0.0,
         probes: int = 1,
+        per_example: bool = False,
         others: Literal["frozen", "gaussian"] = "gaussian",
         **options: Any,
     ) -> None:
@@ -45,7 +46,7 @@ class LOZO(ZeroOrder):
             lr=lr,
             eps=eps,
             subspace=RandomLowRank(rank, renew_every),
-            estimator=Probes(probes, two_sided=True, scale=rank),
+            estimator=Probes(probes, two_sided=True, scale=rank, per_example=per_example),
             update=SGD(momentum),
             others=others,
             **options,
