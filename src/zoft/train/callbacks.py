@@ -64,6 +64,27 @@ class RunLog(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
 
+class Clock(TrainerCallback):
+    """Ends training once `log` has counted `limit` seconds of it, and evaluates every `interval` seconds and then.
+
+    None for no end, or no evaluation on the way. It has to be called after `log`.
+    """
+
+    def __init__(self, log: RunLog, limit: float | None, interval: float | None) -> None:
+        self._log = log
+        self._limit, self._interval = limit or math.inf, interval or math.inf
+        self._passed = 0  # intervals
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        passed = int(self._log.seconds / self._interval)
+        ended = self._log.seconds >= self._limit
+        if passed > self._passed or ended:
+            control.should_evaluate = True
+        if ended:
+            control.should_training_stop = True
+        self._passed = passed
+
+
 class LiveProgress(TrainerCallback):
     """Two lines on the terminal: how far, how fast, how long still; under it, what the run has come to.
 

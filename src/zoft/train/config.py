@@ -25,7 +25,8 @@ class TrainConfig:
     """Everything that determines a run.
 
     None for `lr` and `eps` means the method's own default; no `out`, a new folder of ``runs/`` named after task and
-    method.
+    method. With `seconds`, training ends after so many seconds of its steps, if not after `steps` before, and
+    evaluates then; with `eval_seconds`, every so many seconds as well.
     """
 
     model: str
@@ -45,6 +46,7 @@ class TrainConfig:
     weight_decay: float = 0.0
 
     steps: int = 300
+    seconds: float | None = None
     batch_size: int = 16
     accumulate: int = 1
     seed: int = 0
@@ -57,6 +59,7 @@ class TrainConfig:
     eval_examples: int | None = None
     eval_batch_size: int = 32
     eval_steps: int = 50
+    eval_seconds: float | None = None
     save_steps: int | None = None
     log_steps: int = 10
     out: str = ""
@@ -142,6 +145,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} must be a number of at least 0, not {value}")
+        for name in ("seconds", "eval_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UserError(f"{name} must be a number above 0, not {value}")
+        if self.seconds is not None and self.schedule != "constant":
+            raise UserError(f"a {self.schedule} schedule needs the number of steps, which seconds leaves open")
         if self.eps == 0:
             raise UserError("eps must be above 0: it is the distance at which the loss is probed")
         if self.save_steps is not None and self.save_steps % self.eval_steps:

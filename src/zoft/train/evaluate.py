@@ -8,6 +8,7 @@ from typing import Any
 from zoft.data import Encoder, TaskDataset, load_rows, sample
 from zoft.train.arguments import training_arguments
 from zoft.train.config import TrainConfig
+from zoft.train.memory import peak_memory_bytes
 from zoft.train.models import load_model, room
 from zoft.train.task_trainer import TaskTrainer
 
@@ -33,4 +34,5 @@ def evaluate(config: TrainConfig, shots: int = 0) -> dict[str, Any]:
         "examples": len(rows),
         "truncated": dataset.truncated,
         "seconds": found["eval_runtime"],
+        "peak_memory_bytes": peak_memory_bytes(),
     }

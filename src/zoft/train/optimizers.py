@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 # Options and defaults of the first-order references; learning rates as usual for full and LoRA fine-tuning.
 FIRST_ORDER: dict[str, dict[str, Any]] = {
-    "fo-sgd": {"lr": 1e-2, "momentum": 0.0},
-    "fo-adamw": {"lr": 1e-5},
+    "fo-sgd": {"lr": 1e-2, "momentum": 0.0, "include": ()},
+    "fo-adamw": {"lr": 1e-5, "include": ()},
     "lora": {"lr": 1e-3, "rank": 8, "alpha": 16},
 }
 PATTERNS = ("include", "exclude", "linear")  # options that every zeroth-order method has
@@ -89,6 +90,12 @@ def build(config: TrainConfig, model: Any) -> tuple[Any, torch.optim.Optimizer]:
                 task_type=TaskType.CAUSAL_LM,
             )
             model = get_peft_model(model, lora)
+        if include := options.pop("include", ()):
+            left = [p for name, p in model.named_parameters() if not any(fnmatchcase(name, one) for one in include)]
+            for parameter in left:
+                parameter.requires_grad_(False)
+            if not any(p.requires_grad for p in model.parameters()):
+                raise ValueError(f"no parameter is named like {', '.join(include)}")
         kind = torch.optim.SGD if config.method == "fo-sgd" else torch.optim.AdamW
         return model, kind([p for p in model.parameters() if p.requires_grad], **options)
     except (TypeError, ValueError) as error:
