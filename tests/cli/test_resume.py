@@ -37,6 +37,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     [
         ("--method", "agzo", "--lr", "1e-3"),
         ("--method", "zo-act", "--schedule", "linear"),
+        ("--method", "guided"),
         ("--method", "lozo-m", "--accumulate", "2", "--lr", "1e-4"),
         ("--method", "fo-adamw", "--lr", "1e-3"),
         ("--method", "lora"),

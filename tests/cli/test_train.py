@@ -21,6 +21,7 @@ from .conftest import Outcome
 LEARNING_RATES = {
     "agzo": 1e-2,
     "zo-act": 1e-2,
+    "guided": 1e-2,
     "mezo": 1e-3,
     "lozo": 1e-3,
     "lozo-m": 1e-3,
@@ -87,7 +88,7 @@ def test_run(
     assert "<html" in (out / "report.html").read_text()
     assert {entry.name for entry in out.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "summary.json", "initial.json", "examples.json", "report.html"),
-        "adapter" if method in ("zo-act", "lora") else "model",
+        "adapter" if method in ("zo-act", "guided", "lora") else "model",
     }
 
     [trained] = loaded

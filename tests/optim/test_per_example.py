@@ -62,7 +62,7 @@ def test_an_example_is_probed_as_if_it_were_alone(architecture: str, two_sided: 
 @pytest.mark.parametrize("agree", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_it_is_unbiased_and_its_spread_is_that_of_theory(method: Callable[..., ZeroOrder], agree: bool) -> None:
-    """Variances, shared over per-example, are as B |mean G|^2 to mean |G_i|^2: a gain if the examples agree, else a loss."""
+    """Shared to per-example, variances are as B |mean G|^2 to mean |G_i|^2: a gain if examples agree, else a loss."""
     x, batch = normal((0, "x"), (16, 10)) + 2, 16
     target = torch.zeros(batch, dtype=torch.long) if agree else torch.arange(batch) % 3
     spread = {}

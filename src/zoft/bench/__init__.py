@@ -1,6 +1,7 @@
-"""Measurements: how estimates align with the true gradient, how finite differences err."""
+"""Measurements: how estimates align with the true gradient, how finite differences err, which step pays."""
 
 from zoft.bench.align import Alignment, align, expected_cosine
 from zoft.bench.curve import Ladder, finite_difference_errors
+from zoft.bench.doctor import Diagnosis, diagnose
 
-__all__ = ["Alignment", "Ladder", "align", "expected_cosine", "finite_difference_errors"]
+__all__ = ["Alignment", "Diagnosis", "Ladder", "align", "diagnose", "expected_cosine", "finite_difference_errors"]

@@ -71,16 +71,27 @@ def zero_order(name: str, model: Any, options: dict[str, Any]) -> ZeroOrder:
         raise UserError(f"method {name}: {error}") from error
 
 
+def zero_order_of(config: TrainConfig, model: Any) -> ZeroOrder:
+    """The zeroth-order optimizer of `config` for `model`.
+
+    Raises:
+        UserError: its method is first-order, or refuses a value, or the model.
+    """
+    if config.method in FIRST_ORDER:
+        raise UserError(f"{config.method} is first-order: it draws no directions")
+    options = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay, "seed": config.seed}
+    return zero_order(config.method, model, options | ({} if config.eps is None else {"eps": config.eps}))
+
+
 def build(config: TrainConfig, model: Any) -> tuple[Any, torch.optim.Optimizer]:
     """The model to train (wrapped, for LoRA) and its optimizer.
 
     Raises:
         UserError: the method refuses a value, or the model.
     """
-    options: dict[str, Any] = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay}
     if config.method in METHODS:
-        options |= {"seed": config.seed} | ({} if config.eps is None else {"eps": config.eps})
-        return model, zero_order(config.method, model, options)
+        return model, zero_order_of(config, model)
+    options: dict[str, Any] = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay}
     try:
         if config.method == "lora":
             lora = LoraConfig(

@@ -1,0 +1,124 @@
+"""A step's size, measured: eps from how finite differences agree, lr from slope, curvature and noise.
+
+Along a random direction D of a method, the loss of a batch is ``f(t) = f(0) + g t + c t^2 / 2 + ...``; a few distances
+t show three things:
+
+- **eps**: rounding of the loss spoils differences over short distances, curvature those over long ones. Where two
+  neighbouring distances agree best, the difference is the slope g; the error of the others is measured against it.
+- **curvature** c, from the second difference, and **agreement** rho = E[g g'] / E[g^2], with g' the slope of another
+  batch along the same direction: the part of a squared slope that is not the batch's own.
+- **lr**: the step ``-lr g D`` changes the loss of other batches by ``-lr g g' + lr^2 g^2 c / 2`` on average, least at
+  ``lr = rho / c``. A step of Adam has the length of lr instead of lr g: there it is ``rho rms(g) / c``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from torch import nn
+
+from zoft.bench.curve import Ladder
+from zoft.bench.gradient import Closure
+from zoft.optim import Adam, Estimate, Probes, ZeroOrder
+from zoft.optim.landscape import Landscape
+
+DISTANCES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a method's directions look like on a model and task.
+
+    `slope` is the root mean square of the slopes; `errors`, relative to it, are those of one- and two-sided differences
+    over `distances`; `two_sided` says which of them the method takes. `lr` is nan where nothing can be said.
+    """
+
+    eps: float
+    lr: float
+    slope: float
+    curvature: float
+    agreement: float
+    distances: list[float]
+    errors: dict[str, list[float]]
+    two_sided: bool
+    forwards: int
+
+
+@dataclass
+class _Pair:
+    """An estimator that walks the same ladder on two batches."""
+
+    first: Ladder
+    second: Ladder
+    other: Closure
+
+    def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
+        found = self.first(landscape, estimate)
+        landscape.closure, own, landscape.drawn = self.other, landscape.closure, landscape.drawn - 1
+        self.second(landscape, Estimate())
+        landscape.closure = own
+        return found
+
+
+def diagnose(
+    model: nn.Module,
+    closures: Sequence[Closure],
+    make: Callable[[nn.Module], ZeroOrder],
+    directions: int = 8,
+    distances: Sequence[float] = DISTANCES,
+) -> Diagnosis:
+    """Measure eps and lr for the method that `make` makes, over the batches of `closures` (at least two).
+
+    Costs ``directions * (4 len(distances) + 2)`` forwards and changes nothing.
+    """
+    optimizer = make(model)
+    probes = optimizer.estimator
+    if not isinstance(probes, Probes):
+        raise ValueError(f"{probes} draws no directions: there is no eps to measure")
+    walks = []
+    for number in range(directions):
+        pair = _Pair(Ladder(distances), Ladder(distances), closures[(number + 1) % len(closures)])
+        optimizer.estimator = pair
+        optimizer.estimate(closures[number % len(closures)])
+        optimizer.take_estimate()
+        walks.append((pair.first, pair.second))
+    optimizer.branches.detach()
+
+    firsts = [first for first, _ in walks]
+    steady = _steadiest(firsts, distances)
+    true = [first.difference(steady, True) for first in firsts]
+    size = _rms(true)
+    errors = {
+        sides: [
+            _rms([w.difference(d, sides == "two-sided") - g for w, g in zip(firsts, true, strict=True)])
+            for d in distances
+        ]
+        for sides in ("one-sided", "two-sided")
+    }
+    own = errors["two-sided" if probes.two_sided else "one-sided"]
+    eps = distances[own.index(min(own))]
+    curvature = fmean(
+        (w.losses[steady] + w.losses[-steady] - 2 * w.losses[0.0]) / steady**2 for pair in walks for w in pair
+    )
+    agreement = fmean(g * s.difference(steady, True) for g, (_, s) in zip(true, walks, strict=True)) / size**2
+    best = probes.scale * probes.count * max(agreement, 0.0) / curvature if curvature > 0 else math.nan
+    lr = best * size / probes.scale if isinstance(optimizer.update, Adam) else best
+    relative = {sides: [e / size for e in values] for sides, values in errors.items()}
+    forwards = len(walks) * 2 * (2 * len(distances) + 1)
+    return Diagnosis(eps, lr, size, curvature, agreement, [*distances], relative, probes.two_sided, forwards)
+
+
+def _steadiest(walks: Sequence[Ladder], distances: Sequence[float]) -> float:
+    """The longer of the two neighbouring distances whose two-sided differences agree best."""
+
+    def disagreement(i: int) -> float:
+        return _rms([w.difference(distances[i], True) - w.difference(distances[i + 1], True) for w in walks])
+
+    return distances[min(range(len(distances) - 1), key=disagreement) + 1]
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(fmean(v * v for v in values))

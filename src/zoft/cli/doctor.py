@@ -1,0 +1,116 @@
+"""``zoft doctor``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zoft.cli import common
+from zoft.errors import UserError
+
+if TYPE_CHECKING:
+    from zoft.bench import Diagnosis
+
+
+def doctor(
+    model: common.Model,
+    task: common.TaskName = None,
+    data: common.Data = None,
+    method: Annotated[str, typer.Option(help="A zeroth-order method with probes; see *zoft methods*.")] = "agzo",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="An option of the method, such as -o rank=4. Repeatable."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of the run that is planned.")] = 300,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 16,
+    directions: Annotated[int, typer.Option(min=2, help="Random directions tried; 30 forwards each.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the batches and the noise.")] = 0,
+    template: common.Template = None,
+    words: common.Words = None,
+    label: common.Label = None,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    as_json: common.Json = False,
+) -> None:
+    """Measure, before training, which eps and lr suit a method on MODEL and task, and what the run will cost.
+
+    zoft doctor demo --task sst2 --method agzo
+    """
+    import time
+
+    from zoft.bench import diagnose
+    from zoft.data import load_rows, sample
+    from zoft.train import TrainConfig, load_model, task_batches, task_closures
+    from zoft.train.memory import peak_memory_bytes
+    from zoft.train.optimizers import zero_order_of
+
+    config = TrainConfig.load(
+        None,
+        model=model,
+        task=task,
+        data=str(data) if data else None,
+        method=method,
+        method_options=common.parse_options(option or []),
+        batch_size=batch_size,
+        seed=seed,
+        template=template,
+        words=words,
+        label=label,
+        dtype=dtype,
+        device=device,
+    )
+    description, console = config.load_task(), common.console(quiet=as_json)
+    rows = sample(load_rows(description, config.data, "train"), 8 * batch_size, seed)
+    if len(rows) < 2 * batch_size:
+        raise UserError(f"two batches of {batch_size} need {2 * batch_size} rows; there are {len(rows)}")
+    network, tokenizer = load_model(model, dtype=config.weights_dtype, device=config.device)
+    closures = task_closures(network, task_batches(network, tokenizer, description, rows, batch_size))
+    start = time.perf_counter()
+    with console.status(f"probing {directions} directions"):
+        try:
+            found = diagnose(network, closures, partial(zero_order_of, config), directions)
+        except ValueError as error:
+            raise UserError(f"method {method}: {error}") from error
+    seconds = (time.perf_counter() - start) / found.forwards
+    forecast = {
+        "seconds_per_forward": round(seconds, 4),
+        "seconds": round(2 * steps * seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if as_json:
+        common.print_json({"model": model, "method": method, "steps": steps, **asdict(found), **forecast})
+        return
+    from rich.table import Table
+
+    table = Table("eps", *(f"{distance:g}" for distance in found.distances), box=None)
+    for sides, errors in found.errors.items():
+        table.add_row(f"error, {sides}", *(f"{error:.2f}" for error in errors))
+    console.print(table)
+    for line in _advice(found, forecast, method, steps):
+        console.print(line)
+
+
+def _advice(found: Diagnosis, forecast: dict[str, Any], method: str, steps: int) -> list[str]:
+    error = min(found.errors["two-sided" if found.two_sided else "one-sided"])
+    advice = [f"[bold]--eps {found.eps:.0e}[/]: there a difference is within {error:.0%} of the slope"]
+    if error > 0.7:
+        advice.append("the slope drowns at every eps: the loss is too coarse in this dtype, try --dtype float32")
+    if math.isfinite(found.lr) and found.lr > 0:
+        advice.append(
+            f"[bold]--lr {found.lr:.1e}[/]: the step that pays most on other batches "
+            f"(curvature {found.curvature:.3g}; batches share {max(found.agreement, 0):.0%} of a squared slope)"
+        )
+    else:
+        advice.append(
+            "no lr to advise: slopes of different batches do not agree; try more directions or larger batches"
+        )
+    minutes = forecast["seconds"] / 60
+    advice.append(
+        f"{steps} steps of {method}: about {minutes:.1f} min without evaluation, "
+        f"{forecast['peak_memory_bytes'] / 2**30:.1f} GiB at most"
+    )
+    return advice

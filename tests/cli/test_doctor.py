@@ -1,0 +1,50 @@
+"""``zoft doctor``."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Outcome
+
+
+@pytest.fixture
+def doctor(zoft: Callable[..., Outcome], model: Path, data: Path) -> Callable[..., Outcome]:
+    """Examines the tiny model with a few directions."""
+    few = ("--directions", 2, "--batch-size", 4, "--dtype", "float32", "--device", "cpu")
+    return lambda *args: zoft("doctor", model, "--task", "sst2", "--data", data, *few, *args)
+
+
+def test_advice_in_words(doctor: Callable[..., Outcome]) -> None:
+    outcome = doctor("--steps", 50)
+    assert outcome.code == 0
+    for part in ("error, one-sided", "--eps", "lr", "50 steps of agzo"):
+        assert part in outcome.out
+
+
+@pytest.mark.parametrize("method", ["agzo", "zo-act", "lozo", "mezo"])
+def test_figures(doctor: Callable[..., Outcome], method: str) -> None:
+    found = doctor("--method", method, "--json").json()
+    assert found["eps"] in found["distances"] and len(found["distances"]) == len(found["errors"]["one-sided"])
+    assert found["forwards"] == 2 * 2 * 15 and found["slope"] > 0
+    assert found["seconds_per_forward"] > 0 and found["peak_memory_bytes"] > 0
+
+
+def test_options_reach_the_method(doctor: Callable[..., Outcome]) -> None:
+    one, four = (doctor("-o", f"rank={rank}", "--json").json()["curvature"] for rank in (1, 4))
+    assert one != four
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--method", "fo-adamw"), "first-order"),
+        (("--method", "guided"), "no eps"),
+        (("--method", "agz"), "agzo"),
+        (("--batch-size", 16), "two batches of 16 need 32 rows; there are 30"),
+    ],
+)
+def test_mistakes_are_one_line(doctor: Callable[..., Outcome], arguments: tuple[str, ...], message: str) -> None:
+    outcome = doctor(*arguments)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert message in outcome.err
