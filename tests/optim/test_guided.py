@@ -48,7 +48,7 @@ def stream_of(model: nn.Module) -> Stream:
 
 
 def names(stream: Stream) -> list[str]:
-    return [writer.map.name for block in stream.blocks for writer in block]
+    return [writer.map.name for block in stream.blocks for writer in block.writers]
 
 
 @contextmanager
@@ -106,11 +106,11 @@ def test_the_writers_are_found(name: str, dtype: torch.dtype) -> None:
     assert [n.rpartition(".")[2] for n in names(stream)] == [*ends, *ends]
     gain = 0.3 if name == "granite" else 1.0
     for block in stream.blocks:
-        for writer in block:
+        for writer in block.writers:
             assert writer.gain == pytest.approx(gain, rel=0.02)
             assert (writer.norm is not None) == (name in ("gemma3", "olmo2"))
-        assert [w.feed_forward is not None for w in block] == [False, True][: len(ends)]
-    assert stream.parallel == [name in ("gpt-neox", "cohere", "phi")] * 2
+        assert [w.feed_forward is not None for w in block.writers] == [False, True][: len(ends)]
+    assert [block.parallel for block in stream.blocks] == [name in ("gpt-neox", "cohere", "phi")] * 2
     assert stream.scale == pytest.approx({"granite": 0.25, "cohere": 0.25}.get(name, 1.0), rel=0.01)
 
 
@@ -189,7 +189,7 @@ def test_it_is_the_gradient_without_the_way_through_attention(name: str, dtype: 
     with detached(model, blocked):
         expected = gradient(optimizer, closure)
     stream = stream_of(model)
-    inner = [w.feed_forward for block in stream.blocks for w in block if w.feed_forward]
+    inner = [w.feed_forward for block in stream.blocks for w in block.writers if w.feed_forward]
     within = [m.name for f in inner for m in (f.gate, f.up) if m is not None]
     assert found.keys() == {*names(stream), *within}
     assert {name: e for name in found if (e := error(found[name], expected[name])) > tolerance} == {}

@@ -92,7 +92,7 @@ def _kept(landscape: Landscape, stream: Stream) -> Iterator[_Kept]:
     read = {stream.norm.module}
     with ExitStack() as handles:
         handles.callback(landscape.model.register_forward_pre_hook(kept.tokens.see, with_kwargs=True).remove)
-        for writer in (writer for block in stream.blocks for writer in block):
+        for writer in (writer for block in stream.blocks for writer in block.writers):
             (module,) = writer.map.modules
             handles.callback(module.register_forward_hook(see_writer(writer.map.name), with_kwargs=True).remove)
             read |= {writer.norm.module} if writer.norm else set()
@@ -117,10 +117,10 @@ class _Sweep:
             raise ValueError(f"the error at the logits has shape {tuple(at_logits.shape)}, which is not the logits'")
         at_norm = self.transposed(stream.head, rows.float() * stream.scale)
         error = stream.norm.pull(self.kept.inputs[stream.norm.module], at_norm)
-        for writers, parallel in zip(reversed(stream.blocks), reversed(stream.parallel), strict=True):
+        for block in reversed(stream.blocks):
             through = error
-            for writer in reversed(writers):
-                at_output = (error if parallel else through) * writer.gain
+            for writer in reversed(block.writers):
+                at_output = (error if block.parallel else through) * writer.gain
                 if writer.norm is not None:
                     at_output = writer.norm.pull(self.kept.inputs[writer.norm.module], at_output)
                 self._add(writer.map.name, at_output, self.kept.coordinates.get(writer.map.name))

@@ -19,7 +19,7 @@ from zoft.optim.capture import Tokens
 from zoft.optim.layers import LinearMap, as_linear_map
 from zoft.optim.transpose import FeedForward, Norm
 
-ROWS = 64  # token rows looked at
+ROWS = 8  # token rows looked at
 
 
 class NoStream(ValueError):
@@ -37,18 +37,22 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class Stream:
-    """The stream ends in ``logits = scale * head(norm(h_end))``.
+class Block:
+    """`writers` in the order they are called; in a `parallel` block the feed-forward part reads the stream before the
+    other writers have joined it."""
 
-    `blocks` holds the writers of each block in the order they are called; `parallel` says of which blocks the
-    feed-forward part reads the stream before the block's other writers have joined it.
-    """
+    writers: list[Writer]
+    parallel: bool
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The stream runs through `blocks` and ends in ``logits = scale * head(norm(h_end))``."""
 
     head: LinearMap
     scale: float
     norm: Norm
-    blocks: list[list[Writer]]
-    parallel: list[bool]
+    blocks: list[Block]
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,17 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream:
     if norm is None:
         raise NoStream(f"no norm feeds the head {head.name!r}")
 
-    blocks, parallel = [], []
+    blocks: list[Block] = []
     while block := next((c for c in inner if _is_entry(c.name) and _same(c.y, stream) and not _same(c.x, c.y)), None):
-        writers = _writers(block, inner, maps)
-        blocks.append(writers)
-        parallel.append(any(w.feed_forward is not None and _reads(w.feed_forward, inner, block.x) for w in writers))
+        inside = [call for call in inner if call.name.startswith(f"{block.name}.")]
+        writers = _writers(block, inside, maps)
+        readers = {writer.feed_forward.reader for writer in writers if writer.feed_forward}
+        parallel = any(call.module in readers and _same(call.x, block.x) for call in inside)
+        blocks.insert(0, Block(writers, parallel))
         stream = block.x
-    if not any(blocks):
+    if not any(block.writers for block in blocks):
         raise NoStream(f"no block of {type(model).__name__} adds the output of a linear map to its input")
-    return Stream(maps[head.name], scale, norm, blocks[::-1], parallel[::-1])
+    return Stream(maps[head.name], scale, norm, blocks)
 
 
 @contextmanager
@@ -112,42 +118,44 @@ def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
         yield calls
 
 
-def _writers(block: _Call, calls: list[_Call], maps: dict[str, LinearMap]) -> list[Writer]:
+def _writers(block: _Call, inside: list[_Call], maps: dict[str, LinearMap]) -> list[Writer]:
     """The linear maps whose outputs, times something, add up to what `block` adds to the stream."""
-    inside = [c for c in calls if c.name.startswith(f"{block.name}.") and c.y.shape == block.y.shape]
-    inside.sort(key=lambda call: call.name not in maps)  # of equal outputs, a linear map's is named first
-    distinct: list[_Call] = []
-    for call in inside:
-        if not any(_same(call.y, other.y) for other in distinct):
-            distinct.append(call)
-    added = (block.y.double() - block.x.double()).reshape(-1, 1)
-    outputs = torch.stack([call.y.double().flatten() for call in distinct], dim=1)
-    gains = _least_squares(outputs, added)
-    sizes = gains.abs() * outputs.norm(dim=0)
-    chosen = [i for i, size in enumerate(sizes.tolist()) if size > 0.02 * float(added.norm())]
-    if not chosen:
-        return []
-    gains = _least_squares(outputs[:, chosen], added)
-    rest = added.squeeze(1) - outputs[:, chosen] @ gains
-    rounding = torch.finfo(block.y.dtype).eps * float(block.y.double().norm())
-    if float(rest.norm()) > 1e-3 * float(added.norm()) + 2 * rounding:
-        return []
-    states = [block.x.double()]  # of the stream, as the writers join it
-    found: dict[str, Writer] = {}
-    inner = [c for c in calls if c.name.startswith(f"{block.name}.")]
-    for gain, call in sorted(
-        zip(gains.tolist(), (distinct[i] for i in chosen), strict=True), key=lambda p: inner.index(p[1])
-    ):
-        states.append(states[-1] + gain * call.y.double())
-        source: _Call | None = call
+    states = [_exact(block.x)]  # of the stream, as the writers join it
+    writers = []
+    for joining, gain in _parts(block, inside, maps):
+        source: _Call | None = joining
         norm: Norm | None = None
-        if call.name not in maps:  # perhaps a norm between the writer and the stream
-            norm = Norm.of(call.module, call.x) if _is_leaf(call.module) else None
-            source = next((c for c in inner if c.name in maps and norm is not None and _same(c.y, call.x)), None)
+        if joining.name not in maps:  # perhaps a norm between the writer and the stream
+            norm = Norm.of(joining.module, joining.x) if _is_leaf(joining.module) else None
+            source = next((c for c in inside if c.name in maps and norm is not None and _same(c.y, joining.x)), None)
         if source is not None:
-            feed_forward = _feed_forward(source, inner, maps, states[:-1])
-            found[source.name] = Writer(maps[source.name], gain, norm, feed_forward)
-    return list(found.values())
+            feed_forward = _feed_forward(source, inside, maps, states)
+            writers.append(Writer(maps[source.name], gain, norm, feed_forward))
+        states.append(states[-1] + gain * _exact(joining.y))
+    return writers
+
+
+def _parts(block: _Call, inside: list[_Call], maps: dict[str, LinearMap]) -> list[tuple[_Call, float]]:
+    """Calls and gains such that the outputs times the gains are what `block` adds; none, if there are no such."""
+    distinct: list[_Call] = []
+    for call in sorted(inside, key=lambda call: call.name not in maps):  # of equal outputs, a linear map's is taken
+        if call.y.shape == block.y.shape and not any(_same(call.y, other.y) for other in distinct):
+            distinct.append(call)
+    if not distinct:
+        return []
+    added = (_exact(block.y) - _exact(block.x)).flatten()
+    outputs = torch.stack([_exact(call.y).flatten() for call in distinct], dim=1)
+    sizes = _least_squares(outputs, added).abs() * outputs.norm(dim=0)
+    chosen = (sizes > 0.02 * added.norm()).nonzero().squeeze(1)
+    if not len(chosen):
+        return []
+    outputs = outputs[:, chosen]
+    gains = _least_squares(outputs, added)
+    rounding = torch.finfo(block.y.dtype).eps * _exact(block.y).norm()
+    if (added - outputs @ gains).norm() > 1e-3 * added.norm() + 2 * rounding:
+        return []
+    found = [(distinct[i], gain) for i, gain in zip(chosen.tolist(), gains.tolist(), strict=True)]
+    return sorted(found, key=lambda part: inside.index(part[0]))
 
 
 def _feed_forward(
@@ -181,13 +189,9 @@ def _norm_before(x: Tensor, calls: list[_Call]) -> tuple[Norm | None, Tensor]:
     return None, x
 
 
-def _reads(feed_forward: FeedForward, calls: list[_Call], stream: Tensor) -> bool:
-    return any(call.module is feed_forward.reader and _same(call.x, stream) for call in calls)
-
-
 def _least_squares(a: Tensor, b: Tensor) -> Tensor:
     scale = a.norm(dim=0).clamp(min=1e-30)
-    return torch.linalg.lstsq((a / scale).cpu(), b.cpu(), driver="gelsd").solution.squeeze(1).to(a.device) / scale
+    return torch.linalg.lstsq(a / scale, b.unsqueeze(1), driver="gelsd").solution.squeeze(1) / scale
 
 
 def _first_tensor(values: Any) -> Tensor | None:
@@ -202,14 +206,19 @@ def _ratio(y: Tensor, x: Tensor) -> float | None:
     """s such that ``y = s x``, if there is one."""
     if y.shape != x.shape:
         return None
-    y, x = y.double(), x.double()
-    ratio = float((y * x).sum() / x.square().sum().clamp(min=1e-30))
-    return ratio if _close(y, ratio * x) else None
+    exact = _exact(x)
+    ratio = float((_exact(y) * exact).sum() / exact.square().sum().clamp(min=1e-30))
+    return ratio if _close(y, ratio * exact) else None
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
     """Equal but for rounding in half precision."""
-    return torch.allclose(one.double(), other.double(), rtol=0.01, atol=1e-2 * float(other.double().std()))
+    one, other = _exact(one), _exact(other)
+    return torch.allclose(one, other, rtol=0.01, atol=0.01 * float(other.std()))
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.cpu().double()  # on the CPU: not every device has float64
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
