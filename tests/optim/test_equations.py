@@ -148,3 +148,43 @@ def test_zo_act_computes_the_layer_with_its_coefficients_beside_it() -> None:
         torch.testing.assert_close(layer(x), base + (x @ v) @ c.t())
         optimizer.branches.detach()
         torch.testing.assert_close(layer(x), base)
+
+
+def test_leave_one_out_compares_each_probe_with_the_others() -> None:
+    problem, eps, count = classifier(), 1e-3, 4
+    optimizer = AGZO(problem.model, eps=eps, probes=count, leave_one_out=True)
+    optimizer.estimate(problem.closure)
+    estimate = optimizer.take_estimate()
+    assert estimate is not None and optimizer.counters.forwards == count + 1
+    losses = []
+    for i in range(count):
+        optimizer.branches.factors = {m.name: eps * left(optimizer, m.name, probe=i) for m in optimizer.maps}
+        with optimizer.branches.attached(), torch.no_grad():
+            losses.append(float(problem.closure()))
+    differences = [(losses[i] - (sum(losses) - losses[i]) / (count - 1)) / eps for i in range(count)]
+    assert optimizer.projected_gradients == pytest.approx(differences, rel=0.02)
+    for m in optimizer.maps:
+        expected = sum(g * left(optimizer, m.name, probe=i) for i, g in enumerate(optimizer.projected_gradients))
+        assert_moved(estimate.factors[m.name], expected / count)
+
+
+@pytest.mark.parametrize("options", [{"probes": 1}, {"probes": 2, "two_sided": True}])
+def test_leave_one_out_needs_others_to_compare_with(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="two or more"):
+        AGZO(classifier().model, leave_one_out=True, **options)
+
+
+def test_leave_one_out_is_unbiased() -> None:
+    problem = classifier()
+    optimizer = AGZO(problem.model, eps=1e-3, probes=3, leave_one_out=True)
+    estimates = []
+    for _ in range(600):
+        optimizer.estimate(problem.closure)
+        estimate = optimizer.take_estimate()
+        assert estimate is not None
+        estimates.append(estimate.factors["0"])
+        optimizer.renewed_at = optimizer.counters.steps  # the same basis throughout
+    (gradient,) = torch.autograd.grad(problem.closure(), [problem.model[0].weight])
+    stacked = torch.stack(estimates)
+    error = (stacked.mean(0) - gradient @ optimizer.bases["0"]) / (stacked.std(0) / len(stacked) ** 0.5)
+    assert float(error.square().mean()) < 2.5  # 1 in expectation

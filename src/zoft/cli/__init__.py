@@ -9,7 +9,9 @@ import sys
 import typer
 
 from zoft.cli.align import align
+from zoft.cli.bench import bench
 from zoft.cli.demo import demo
+from zoft.cli.doctor import doctor
 from zoft.cli.eval import evaluate
 from zoft.cli.methods import methods
 from zoft.cli.report import report
@@ -28,6 +30,8 @@ app = typer.Typer(
 app.command()(train)
 app.command(name="eval")(evaluate)
 app.command()(align)
+app.add_typer(bench, name="bench")
+app.command()(doctor)
 app.command()(demo)
 app.command()(report)
 app.command()(methods)

@@ -78,7 +78,13 @@ class Probes:
 
     With `per_example`, every example of the batch is probed along a direction of its own, in the same forwards: the
     estimate is the mean of ``g_i D_i`` over the examples i with their own loss differences g_i, as unbiased as before.
-    It needs one loss per example from the closure.
+    Its variance is ``mean |G_i|^2 / (B |mean G|^2)`` of a shared direction's, G_i the B examples' gradients on the
+    subspace: down to 1 / B while they agree, but above 1 where they mostly cancel. It needs one loss per example
+    from the closure.
+
+    With `leave_one_out`, one-sided probes are compared with the mean of the others instead of with f(0), as AIM-ZO's
+    population does: ``g = (f_i - mean of the other f_j) / eps``, count forwards (one more for a due basis), and
+    unbiased too.
 
     A probe whose losses are not finite adds nothing; its projected gradient is returned as it is.
     """
@@ -87,35 +93,43 @@ class Probes:
     two_sided: bool = False
     scale: float = 1.0
     per_example: bool = False
+    leave_one_out: bool = False
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"the number of probes must be at least 1, not {self.count}")
+        if self.leave_one_out and (self.two_sided or self.count < 2):
+            raise ValueError("leave-one-out compares one-sided probes with one another: it takes two or more of them")
 
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
-        eps, centre = landscape.eps, None
-        if landscape.needs_clean or not self.two_sided or self.per_example:
+        centre = None
+        if landscape.needs_clean or self.per_example or not (self.two_sided or self.leave_one_out):
             landscape.clean()
             centre = landscape.losses
-        losses, gradients = [], []
+        directions, ahead, behind = [], [], []
         for _ in range(self.count):
-            direction = landscape.draw(self.per_example)
-            landscape.at(direction, eps)
-            plus = landscape.losses
+            directions.append(landscape.draw(self.per_example))
+            landscape.at(directions[-1], landscape.eps)
+            ahead.append(landscape.losses)
             if self.two_sided:
-                landscape.at(direction, -eps)
-                minus = landscape.losses
-                gradient = (plus - minus) / (2 * eps)
-                losses.append(float((plus + minus).mean()) / 2)
-            else:
-                assert centre is not None
-                gradient = (plus - centre) / eps
-            gradients.append(float(gradient.mean()))
-            if math.isfinite(gradients[-1]):
+                landscape.at(directions[-1], -landscape.eps)
+                behind.append(landscape.losses)
+        gradients = self._differences(torch.stack(ahead), behind, centre) / landscape.eps
+        for direction, gradient in zip(directions, gradients, strict=True):
+            if math.isfinite(gradient.mean()):
                 estimate.add(direction, gradient / self.count, self.scale, landscape.branches.shared)
-        return (float(centre.mean()) if centre is not None else sum(losses) / len(losses)), gradients
+        loss = centre if centre is not None else torch.stack(ahead + behind)
+        return float(loss.mean()), [float(gradient.mean()) for gradient in gradients]
+
+    def _differences(self, ahead: Tensor, behind: list[Tensor], centre: Tensor | None) -> Tensor:
+        if self.two_sided:
+            return (ahead - torch.stack(behind)) / 2
+        if self.leave_one_out:
+            return (ahead - ahead.mean(0)) * (self.count / (self.count - 1))
+        assert centre is not None
+        return ahead - centre
 
     def __str__(self) -> str:
-        sides = "two-sided" if self.two_sided else "one-sided"
+        sides = "two-sided" if self.two_sided else "leave-one-out" if self.leave_one_out else "one-sided"
         each = " per example" if self.per_example else ""
         return f"{sides}, {self.count} probe{'s' if self.count > 1 else ''}{each}"

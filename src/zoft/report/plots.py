@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 INK, MUTED, RULE, ACCENT = "#010101", "#020202", "#030303", "#040404"
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", ACCENT: "var(--accent)"}
 
+Point = tuple[float, float, float]
+"""Forwards, seconds, and the value there."""
+
 SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "zoft"}
 
 
@@ -141,6 +144,29 @@ def save_layers(path: str | Path, methods: dict[str, list[float]], ylabel: str) 
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper left", ncols=6, frameon=False)
+    _save(figure, path)
+
+
+def save_curves(path: str | Path, panels: dict[str, dict[str, list[Point]]]) -> None:
+    """Save the plot of values against forwards and against seconds: a row of panels for each title, a line a method."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
+    colours = {method: f"C{number % 10}" for number, method in enumerate(methods)}
+    figure = Figure(figsize=(9, 0.6 + 2.6 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), 2, sharey="row", squeeze=False)
+    for (title, panel), pair in zip(panels.items(), grid, strict=True):
+        for axes, abscissa in zip(pair, (0, 1), strict=True):
+            for method, points in panel.items():
+                across, values = [point[abscissa] for point in points], [point[2] for point in points]
+                axes.plot(across, values, marker="o", markersize=3, linewidth=1.5, color=colours[method])
+            axes.set_xlabel(("forward passes", "seconds of training")[abscissa])
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        pair[0].set_title(title, loc="left")
+    lines = [Line2D([], [], color=colour, marker="o", markersize=3) for colour in colours.values()]
+    figure.legend(lines, methods, loc="outside upper left", ncols=5, frameon=False)
     _save(figure, path)
 
 

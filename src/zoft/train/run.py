@@ -91,6 +91,9 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     finally:
         progress.stop()
 
+    # Before the best checkpoint brings back the counters of its own moment.
+    steps, counters = trainer.state.global_step, trainer.zero_order and trainer.zero_order.counters
+    spent = forwards(steps)
     final = best = validate()
     best_folder = out / f"checkpoint-{trainer.state.best_global_step}"
     if trainer.state.best_global_step != trainer.state.global_step and best_folder.is_dir():
@@ -98,14 +101,13 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         trainer._load_best_model()
         best = validate()
     _save_result(trainer, out)
-    steps, counters = trainer.state.global_step, trainer.zero_order and trainer.zero_order.counters
     summary = {
         "task": task.name,
         "model": config.model,
         "method": config.method,
         "seed": config.seed,
         "steps": steps,
-        "forwards": forwards(steps),
+        "forwards": spent,
         "examples_seen": steps * config.batch_size * config.accumulate,
         "metric": task.metric,
         "initial": initial["metrics"][task.metric],

@@ -41,6 +41,7 @@ class AGZO(ZeroOrder):
         renew_every: int = 1,
         probes: int = 1,
         per_example: bool = False,
+        leave_one_out: bool = False,
         others: Literal["frozen", "gaussian"] = "frozen",
         **options: Any,
     ) -> None:
@@ -49,7 +50,7 @@ class AGZO(ZeroOrder):
             lr=lr,
             eps=eps,
             subspace=Activation(rank, power_steps, renew_every),
-            estimator=Probes(probes, two_sided, per_example=per_example),
+            estimator=Probes(probes, two_sided, per_example=per_example, leave_one_out=leave_one_out),
             update=SGD(),
             others=others,
             **options,
