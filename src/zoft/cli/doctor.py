@@ -95,19 +95,21 @@ def doctor(
 
 
 def _advice(found: Diagnosis, forecast: dict[str, Any], method: str, steps: int) -> list[str]:
+    from zoft.bench.doctor import ENDURING
+
     error = min(found.errors["two-sided" if found.two_sided else "one-sided"])
     advice = [f"[bold]--eps {found.eps:.0e}[/]: there a difference is within {error:.0%} of the slope"]
     if error > 0.7:
         advice.append("the slope drowns at every eps: the loss is too coarse in this dtype, try --dtype float32")
-    if math.isfinite(found.lr) and found.lr > 0:
+    if found.agreement < 2 * ENDURING:
+        advice.append("slopes of different batches hardly agree: larger batches, or more --directions to be sure of it")
+    if math.isfinite(found.lr):
         advice.append(
-            f"[bold]--lr {found.lr:.1e}[/]: the step that pays most on other batches "
-            f"(curvature {found.curvature:.3g}; batches share {max(found.agreement, 0):.0%} of a squared slope)"
+            f"[bold]--lr {found.lr:.0e}[/]: makes progress until batches share {ENDURING:.0%} of a squared slope "
+            f"(now {found.agreement:.0%}); above {found.largest_lr:.0e} the first step does harm"
         )
     else:
-        advice.append(
-            "no lr to advise: slopes of different batches do not agree; try more directions or larger batches"
-        )
+        advice.append("no lr to advise: the loss does not curve upwards along these directions")
     minutes = forecast["seconds"] / 60
     advice.append(
         f"{steps} steps of {method}: about {minutes:.1f} min without evaluation, "
