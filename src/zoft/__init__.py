@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoft.optim import AGZO, LOZO, Guided, Loss, MeZO, ZeroOrder, ZOAct, cross_entropy
+    from zoft.optim import AGZO, AIMZO, LOZO, Guided, Loss, MeZO, ZeroOrder, ZOAct, cross_entropy
     from zoft.train import ZOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["AGZO", "LOZO", "Guided", "Loss", "MeZO", "ZOAct", "ZOTrainer", "ZeroOrder", "cross_entropy"]
+__all__ = ["AGZO", "AIMZO", "LOZO", "Guided", "Loss", "MeZO", "ZOAct", "ZOTrainer", "ZeroOrder", "cross_entropy"]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,5 +33,5 @@ def test_tasks(zoft: Callable[..., Outcome]) -> None:
 
 def test_methods(zoft: Callable[..., Outcome]) -> None:
     found = zoft("methods", "--json").json()
-    assert found.keys() == {"mezo", "lozo", "lozo-m", "agzo", "zo-act", "guided"}
+    assert found.keys() == {"mezo", "lozo", "lozo-m", "agzo", "zo-act", "aim-zo", "guided"}
     assert found["agzo"]["lr"] > 0

@@ -22,6 +22,7 @@ LEARNING_RATES = {
     "agzo": 1e-2,
     "zo-act": 1e-2,
     "guided": 1e-2,
+    "aim-zo": 1e-2,
     "mezo": 1e-3,
     "lozo": 1e-3,
     "lozo-m": 1e-3,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from zoft.optim import AGZO, LOZO, SGD, Activation, MeZO, Probes, ZeroOrder, ZOAct
+from zoft.optim import AGZO, AIMZO, LOZO, SGD, Activation, MeZO, Probes, ZeroOrder, ZOAct
 from zoft.optim.noise import normal
 
 from .models import llama, mlp, tied_llama, token_batch
@@ -21,6 +21,7 @@ METHODS: dict[str, Callable[..., ZeroOrder]] = {
     "AGZO two-sided": partial(AGZO, two_sided=True),
     "AGZO rank 4": partial(AGZO, rank=4),
     "AGZO gaussian": partial(AGZO, others="gaussian"),
+    "AIM-ZO": partial(AIMZO, rank=8, active=3, shared=1),
     "ZO-Act": ZOAct,
     "ZO-Act SGD": partial(ZOAct, adam=False),
     "hybrid": partial(

@@ -118,6 +118,7 @@ FORWARDS = {
     "LOZO": [2, 2],
     "LOZO-M": [2, 2],
     "AGZO": [2, 2],
+    "AIM-ZO": [5, 5],
     "AGZO two-sided": [3, 3],
     "AGZO rank 4": [2, 2],
     "AGZO gaussian": [2, 2],

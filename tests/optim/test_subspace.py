@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from zoft.optim import AGZO, LOZO, SGD, Activation, Adam, Probes, ZeroOrder
+from zoft.optim import AGZO, AIMZO, LOZO, SGD, Activation, Adam, Maintained, Probes, ZeroOrder
 from zoft.optim.layers import find_linear_maps
 from zoft.optim.noise import normal
 from zoft.optim.subspace import change_of_basis
@@ -154,3 +155,52 @@ def test_bases_point_along_the_mean_activation_when_it_dominates() -> None:
     optimizer = AGZO(problem.model)
     optimizer.estimate(lambda: problem.model(x).mean())
     assert abs(float(cosine_similarity(optimizer.bases["0"][:, 0], x.mean(0), dim=0))) > 0.999
+
+
+def covariance_rows(seed: int, sigma: Tensor) -> Tensor:
+    """64 rows whose covariance has the variances `sigma` squared along the axes."""
+    return normal((seed, "rows"), (64, len(sigma))) * sigma
+
+
+def test_a_maintained_basis_finds_the_leading_directions_of_a_stream() -> None:
+    """Oja's rule over many noisy batches agrees with the axes of their common covariance, one batch does not."""
+    sigma = torch.tensor([3.0, 2.5, 2.0, *[1.0] * 17])
+    subspace = Maintained(rank=3, active=2, shared=1, rate=0.1)
+    (layer,) = find_linear_maps(nn.Sequential(nn.Linear(20, 4)))
+    first = basis = subspace.extract(layer, covariance_rows(0, sigma), (0,))
+    for seed in range(1, 200):
+        basis = subspace.extract(layer, covariance_rows(seed, sigma), (seed,), basis.vectors)
+
+    def inside(vectors: Tensor) -> float:
+        return float(vectors[:3].square().sum()) / 3  # of the leading three axes in the span
+
+    torch.testing.assert_close(basis.vectors.t() @ basis.vectors, torch.eye(3), rtol=0, atol=1e-5)
+    assert inside(basis.vectors) > 0.99 > inside(first.vectors)
+
+
+def test_a_probe_uses_its_part_of_the_columns() -> None:
+    subspace = Maintained(rank=10, active=4, shared=1)
+    used = []
+    for probe in range(20):
+        left = subspace.confine(normal((0, probe), (5, 10)), (0, probe))
+        columns = left.abs().sum(0) > 0
+        assert int(columns.sum()) == 4 and bool(columns[0])
+        assert float(left.norm()) == pytest.approx((4 * 5) ** 0.5)
+        used.append(columns)
+    assert torch.stack(used).any(0).all()
+
+
+def test_the_basis_carries_over_from_step_to_step() -> None:
+    problem = classifier()
+    optimizer = AIMZO(problem.model, lr=0.0, rank=4, active=2, shared=1, rate=1e-6)
+    optimizer.step(problem.closure)
+    before = {name: basis.clone() for name, basis in optimizer.bases.items()}
+    optimizer.step(problem.closure)
+    for name, basis in optimizer.bases.items():
+        torch.testing.assert_close(basis @ basis.t(), before[name] @ before[name].t(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"active": 0}, {"active": 5, "shared": 6}, {"rank": 4}, {"rate": 0.0}])
+def test_parts_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        Maintained(**options)

@@ -3,14 +3,15 @@
 from zoft.optim.estimator import Estimate, Probes
 from zoft.optim.layers import LinearMap, NoLinearLayers
 from zoft.optim.loss import Loss, cross_entropy
-from zoft.optim.methods import AGZO, LOZO, METHODS, Guided, MeZO, ZOAct
+from zoft.optim.methods import AGZO, AIMZO, LOZO, METHODS, Guided, MeZO, ZOAct
 from zoft.optim.optimizer import ZeroOrder
 from zoft.optim.stream import NoStream
-from zoft.optim.subspace import Activation, Full, RandomLowRank
+from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank
 from zoft.optim.update import SGD, Adam
 
 __all__ = [
     "AGZO",
+    "AIMZO",
     "LOZO",
     "METHODS",
     "SGD",
@@ -21,6 +22,7 @@ __all__ = [
     "Guided",
     "LinearMap",
     "Loss",
+    "Maintained",
     "MeZO",
     "NoLinearLayers",
     "NoStream",

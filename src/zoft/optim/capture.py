@@ -44,9 +44,14 @@ def leading_basis(rows: Tensor, omega: Tensor, power_steps: int | None) -> Basis
     product = _sum(part.t() @ omega[start : start + len(part), :rank] for start, part in _float_parts(rows))
     q, triangle = torch.linalg.qr(product)
     for _ in range(power_steps):
-        q, triangle = torch.linalg.qr(_sum(part.t() @ (part @ q) for _, part in _float_parts(rows)))
+        q, triangle = torch.linalg.qr(covariance_product(rows, q))
     sigma = triangle.diagonal().abs()  # of H omega for no step at all, of H H^T = sigma^2 after some
     return Basis(q, sigma.sqrt() if power_steps else sigma)
+
+
+def covariance_product(rows: Tensor, vectors: Tensor) -> Tensor:
+    """``H H^T V`` in float32, for ``H = rows^T`` and V = `vectors` [d_in, r]."""
+    return _sum(part.t() @ (part @ vectors) for _, part in _float_parts(rows))
 
 
 def _float_parts(rows: Tensor) -> Iterator[tuple[int, Tensor]]:

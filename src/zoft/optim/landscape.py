@@ -24,10 +24,11 @@ Closure = Callable[[], Tensor | Loss | float]
 class Landscape:
     """The closure's loss around the current weights. Every evaluation is one forward pass of `model`.
 
-    `key` prefixes the noise of the directions drawn, numbered from `drawn` on. If `capture` is given, the bases are
-    due for renewal: the next clean pass runs inside it, and what it yields is handed to `renew`. `forwards` counts
-    the passes, `used` collects the maps and dense parameters that a perturbed pass has read. `losses` holds what the
-    closure returned in the latest pass, float64 [batch] or [], `error` its slope, if it returned a `Loss` that has one.
+    `key` prefixes the noise of the directions drawn, numbered from `drawn` on; `confine` may restrict left factors to
+    some of their columns. If `capture` is given, the bases are due for renewal: the next clean pass runs inside it, and
+    what it yields is handed to `renew`. `forwards` counts the passes, `used` collects the maps and dense parameters
+    that a perturbed pass has read. `losses` holds what the closure returned in the latest pass, float64 [batch] or [],
+    `error` its slope, if it returned a `Loss` that has one.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Landscape:
     drawn: int
     capture: Callable[[], AbstractContextManager[dict[str, Basis]]] | None
     renew: Callable[[dict[str, Tensor]], None]
+    confine: Callable[[Tensor, Key], Tensor] | None = None
     forwards: int = 0
     used: set[str] = field(default_factory=set)
     losses: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
@@ -80,7 +82,11 @@ class Landscape:
             raise ValueError("per-example probes need one loss per example from the closure, not their mean")
         self.drawn += 1
         examples = len(self.losses) if per_example else None
-        return draw((*self.key, self.drawn - 1), self.branches.active, self.branches.bases, examples)
+        direction = draw((*self.key, self.drawn - 1), self.branches.active, self.branches.bases, examples)
+        if self.confine is not None:
+            for name, factor in direction.factors.items():
+                direction.factors[name] = self.confine(factor, (*direction.key, name))
+        return direction
 
     def at(self, direction: Direction, distance: float) -> float:
         """The loss at ``distance * direction`` from the centre."""

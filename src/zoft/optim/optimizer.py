@@ -19,7 +19,7 @@ from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
 from zoft.optim.probe import SideBranches
-from zoft.optim.subspace import Activation, Full, RandomLowRank, Subspace, change_of_basis
+from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank, Subspace, change_of_basis
 from zoft.optim.update import SGD, State, Update
 from zoft.optim.write import add_dense_, add_low_rank_, add_noise_
 
@@ -156,6 +156,7 @@ class ZeroOrder(torch.optim.Optimizer):
             self._drawn,
             capture,
             self.set_bases,
+            subspace.confine if isinstance(subspace, Maintained) else None,
         )
         found = Estimate()
         self.loss, self.projected_gradients = self.estimator(landscape, found)
@@ -263,7 +264,11 @@ class ZeroOrder(torch.optim.Optimizer):
     def _capture(self) -> Callable[[], AbstractContextManager[dict[str, Basis]]]:
         subspace = self.subspace
         assert isinstance(subspace, Activation)
-        extract = partial(subspace.extract, key=(self.seed, self.counters.steps))
+        key = (self.seed, self.counters.steps)
+
+        def extract(layer: LinearMap, rows: Tensor) -> Basis:
+            return subspace.extract(layer, rows, key, self.bases.get(layer.name))
+
         return partial(captured, self.model, self.maps, extract, subspace.read_only)
 
     def set_bases(self, bases: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zoft.optim.capture import Basis, leading_basis
+from zoft.optim.capture import Basis, covariance_product, leading_basis
 from zoft.optim.layers import LinearMap
 from zoft.optim.noise import Key, normal
 
@@ -82,7 +82,7 @@ class Activation:
             return renewed_at is None
         return step // self.renew_every != renewed_at // self.renew_every
 
-    def extract(self, layer: LinearMap, rows: Tensor, key: Key) -> Basis:
+    def extract(self, layer: LinearMap, rows: Tensor, key: Key, previous: Tensor | None = None) -> Basis:
         """The basis of input activations `rows` [T, d_in]; the test matrix comes from noise stream `key`."""
         omega = normal((*key, "omega", layer.name), (len(rows), self.rank), device=rows.device)
         return leading_basis(rows, omega, self.power_steps)
@@ -90,6 +90,54 @@ class Activation:
     def __str__(self) -> str:
         often = {None: "once", 1: "every step"}.get(self.renew_every, f"every {self.renew_every} steps")
         return f"activation rank {self.rank}, {often}"
+
+
+@dataclass(frozen=True)
+class Maintained(Activation):
+    """A wide activation basis kept across steps, of which each probe uses a part (AIM-ZO).
+
+    Oja's rule on every clean pass, ``A <- qr(A + rate H H^T A / lambda)``, with lambda the largest eigenvalue seen of
+    ``H H^T``, columns in the order of their energy. A probe moves along `active` of the `rank` columns: the first
+    `shared`, and others drawn for it; its R [d_out, rank] is zero elsewhere, and scaled to the norm sqrt(active d_out).
+    """
+
+    rank: int = 128
+    active: int = 16
+    shared: int = 8
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.shared <= self.active <= self.rank or self.active < 1:
+            raise ValueError(
+                f"of rank {self.rank} columns some are active and some of those shared: not {self.active}, {self.shared}"
+            )
+        if not self.rate > 0:
+            raise ValueError(f"rate must be above 0, not {self.rate}")
+
+    def extract(self, layer: LinearMap, rows: Tensor, key: Key, previous: Tensor | None = None) -> Basis:
+        """The basis `previous` [d_in, r] after one step of Oja's rule on `rows` [T, d_in]."""
+        if previous is None:
+            return super().extract(layer, rows, key)
+        pulled = covariance_product(rows, previous)
+        energy = pulled.norm(dim=0)
+        order = energy.argsort(descending=True)
+        vectors, _ = torch.linalg.qr((previous + self.rate * pulled / energy.max())[:, order])
+        return Basis(vectors, energy[order].sqrt())
+
+    def confine(self, left: Tensor, key: Key) -> Tensor:
+        """The random left factor [..., d_out, r] on the columns that probe `key` uses."""
+        rank, active = left.shape[-1], min(self.active, left.shape[-1])
+        shared = min(self.shared, active)
+        drawn = normal((*key, "columns"), (rank - shared,), device=left.device).argsort()[: active - shared] + shared
+        kept = torch.zeros_like(left)
+        kept[..., :shared] = left[..., :shared]
+        kept[..., drawn] = left[..., drawn]
+        size = (active * left.shape[-2]) ** 0.5
+        return kept * (size / kept.norm(dim=(-2, -1), keepdim=True))
+
+    def __str__(self) -> str:
+        return f"maintained rank {self.rank}, {self.active} active"
 
 
 Subspace = Full | RandomLowRank | Activation

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from zoft.optim.methods.agzo import AGZO
+from zoft.optim.methods.aimzo import AIMZO
 from zoft.optim.methods.guided import Guided
 from zoft.optim.methods.lozo import LOZO
 from zoft.optim.methods.mezo import MeZO
@@ -16,7 +17,8 @@ METHODS: dict[str, Callable[..., ZeroOrder]] = {
     "lozo-m": partial(LOZO, momentum=0.9),
     "agzo": AGZO,
     "zo-act": ZOAct,
+    "aim-zo": AIMZO,
     "guided": Guided,
 }
 
-__all__ = ["AGZO", "LOZO", "METHODS", "Guided", "MeZO", "ZOAct"]
+__all__ = ["AGZO", "AIMZO", "LOZO", "METHODS", "Guided", "MeZO", "ZOAct"]
