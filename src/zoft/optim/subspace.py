@@ -110,7 +110,7 @@ class Maintained(Activation):
         super().__post_init__()
         if not 0 <= self.shared <= self.active <= self.rank or self.active < 1:
             raise ValueError(
-                f"of rank {self.rank} columns some are active and some of those shared: not {self.active}, {self.shared}"
+                f"of {self.rank} columns some are active, some of those shared: not {self.active} and {self.shared}"
             )
         if not self.rate > 0:
             raise ValueError(f"rate must be above 0, not {self.rate}")
