@@ -4,7 +4,7 @@ Along a random direction D of a method, the loss of a batch is ``f(t) = f(0) + g
 t show three things:
 
 - **eps**: rounding of the loss spoils differences over short distances, curvature those over long ones. Where two
-  neighbouring distances agree best, the difference is the slope g; the error of the others is measured against it.
+  neighbouring distances agree best, their mean is the slope g, against which the error of every distance is measured.
 - **curvature** c, from the second difference, and **agreement** rho = E[g g'] / E[g^2], with g' the slope of another
   batch along the same direction: the part of a squared slope that is not the batch's own.
 - **lr**: the step ``-lr g D`` changes the mean loss of other batches by ``(-lr rho + lr^2 c / 2) E[g^2]``. Above
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 from torch import nn
@@ -93,8 +94,12 @@ def diagnose(
     optimizer.branches.detach()
 
     firsts = [first for first, _ in walks]
-    steady = _steadiest(firsts, distances)
-    true = [first.difference(steady, True) for first in firsts]
+    short, steady = _steadiest(firsts, distances)
+
+    def slope(walk: Ladder) -> float:
+        return (walk.difference(short, True) + walk.difference(steady, True)) / 2
+
+    true = [slope(first) for first in firsts]
     size = _rms(true)
     errors = {
         sides: [
@@ -108,7 +113,7 @@ def diagnose(
     curvature = fmean(
         (w.losses[steady] + w.losses[-steady] - 2 * w.losses[0.0]) / steady**2 for pair in walks for w in pair
     )
-    agreement = fmean(g * s.difference(steady, True) for g, (_, s) in zip(true, walks, strict=True)) / size**2
+    agreement = fmean(g * slope(second) for g, (_, second) in zip(true, walks, strict=True)) / size**2
     unit = size if isinstance(optimizer.update, Adam) else probes.scale * probes.count  # of lr, for a step of g D
     lr, largest = (2 * rho * unit / curvature if curvature > 0 else math.nan for rho in (ENDURING, agreement))
     relative = {sides: [e / size for e in values] for sides, values in errors.items()}
@@ -116,13 +121,13 @@ def diagnose(
     return Diagnosis(eps, lr, largest, size, curvature, agreement, [*distances], relative, probes.two_sided, forwards)
 
 
-def _steadiest(walks: Sequence[Ladder], distances: Sequence[float]) -> float:
-    """The longer of the two neighbouring distances whose two-sided differences agree best."""
+def _steadiest(walks: Sequence[Ladder], distances: Sequence[float]) -> tuple[float, float]:
+    """The two neighbouring distances whose two-sided differences agree best."""
 
-    def disagreement(i: int) -> float:
-        return _rms([w.difference(distances[i], True) - w.difference(distances[i + 1], True) for w in walks])
+    def disagreement(pair: tuple[float, float]) -> float:
+        return _rms([walk.difference(pair[0], True) - walk.difference(pair[1], True) for walk in walks])
 
-    return distances[min(range(len(distances) - 1), key=disagreement) + 1]
+    return min(pairwise(distances), key=disagreement)
 
 
 def _rms(values: Sequence[float]) -> float:
