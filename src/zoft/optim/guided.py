@@ -48,6 +48,7 @@ class Guided:
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
         if self._stream is None:
             self._stream = find_stream(landscape.model, landscape.forward)
+            landscape.forwards -= 1  # a look at the model, which a resumed run takes again: no part of the training
         with _kept(landscape, self._stream) as kept:
             loss = landscape.clean()
         if not math.isfinite(loss):

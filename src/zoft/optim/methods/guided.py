@@ -19,8 +19,8 @@ class Guided(ZeroOrder):
     The first clean pass gives each linear layer (but the output head) A [d_in, r], an orthonormal basis of its inputs
     at the positions that the loss reads, r at most their number, and A stays. Each step computes the coefficients'
     estimate from the error at the output (`zoft.optim.guided`) and hands it to Adam. Only matrices that the estimate
-    reaches are trained. One forward a step, and one more at the first to find the residual stream. The closure
-    must return a `zoft.optim.Loss`.
+    reaches are trained. One forward a step (and a look at the model, once, to find the residual stream, which is not
+    counted). The closure must return a `zoft.optim.Loss`.
 
     With ``into="weights"`` the steps are written into the weights, and the basis may be renewed every
     `renew_every` steps; ``feed_forward=False`` counts the stream as the identity (`zoft.optim.guided.Guided`).
@@ -32,7 +32,7 @@ class Guided(ZeroOrder):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-3,
+        lr: float = 3e-4,
         *,
         rank: int = 16,
         power_steps: int | None = None,
