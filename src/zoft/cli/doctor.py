@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,7 @@ from zoft.cli import common
 from zoft.errors import UserError
 
 if TYPE_CHECKING:
-    from zoft.bench import Diagnosis
+    from zoft.train.diagnosis import Diagnosis
 
 
 def doctor(
@@ -42,9 +41,9 @@ def doctor(
     """
     import time
 
-    from zoft.bench import diagnose
     from zoft.data import load_rows, sample
     from zoft.train import TrainConfig, load_model, task_batches, task_closures
+    from zoft.train.diagnosis import diagnose
     from zoft.train.memory import peak_memory_bytes
     from zoft.train.optimizers import zero_order_of
 
@@ -95,7 +94,7 @@ def doctor(
 
 
 def _advice(found: Diagnosis, forecast: dict[str, Any], method: str, steps: int) -> list[str]:
-    from zoft.bench.doctor import ENDURING
+    from zoft.train.diagnosis import ENDURING
 
     error = min(found.errors["two-sided" if found.two_sided else "one-sided"])
     advice = [f"[bold]--eps {found.eps:.0e}[/]: there a difference is within {error:.0%} of the slope"]
@@ -103,7 +102,7 @@ def _advice(found: Diagnosis, forecast: dict[str, Any], method: str, steps: int)
         advice.append("the slope drowns at every eps: the loss is too coarse in this dtype, try --dtype float32")
     if found.agreement < 2 * ENDURING:
         advice.append("slopes of different batches hardly agree: larger batches, or more --directions to be sure of it")
-    if math.isfinite(found.lr):
+    if found.lr is not None:
         advice.append(
             f"[bold]--lr {found.lr:.0e}[/]: makes progress until batches share {ENDURING:.0%} of a squared slope "
             f"(now {found.agreement:.0%}); above {found.largest_lr:.0e} the first step does harm"

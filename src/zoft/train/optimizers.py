@@ -24,17 +24,23 @@ FIRST_ORDER: dict[str, dict[str, Any]] = {
     "lora": {"lr": 1e-3, "rank": 8, "alpha": 16},
 }
 PATTERNS = ("include", "exclude", "linear")  # options that every zeroth-order method has
+AUTO = "auto"  # which of them it is follows from the model (zoft.train.auto)
 
 
 def method_names() -> list[str]:
     """Every name that ``--method`` takes."""
-    return [*METHODS, *FIRST_ORDER]
+    return [AUTO, *METHODS, *FIRST_ORDER]
 
 
 def require_method(name: str) -> None:
     """Raises UserError, with the nearest name, if there is no such method."""
     if name not in method_names():
         raise UserError(f"unknown method {name!r}; {near_miss(name, method_names())}")
+
+
+def usual_schedule(name: str) -> str:
+    """The schedule of the learning rate that method `name` is meant with."""
+    return "linear" if name == "guided" else "constant"
 
 
 def method_options(name: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
 
+import torch
 from torch import nn
 
-from zoft.bench.curve import Ladder
-from zoft.bench.gradient import Closure
 from zoft.optim import Adam, Estimate, Probes, ZeroOrder
-from zoft.optim.landscape import Landscape
+from zoft.optim.landscape import Closure, Landscape
 
 ENDURING = 0.01  # the agreement down to which training is to go on; set so that SST-2's rates come out
 DISTANCES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -38,12 +37,12 @@ class Diagnosis:
 
     `slope` is the root mean square of the slopes; `errors`, relative to it, are those of one- and two-sided differences
     over `distances`; `two_sided` says which of them the method takes. `lr` is for a whole training, `largest_lr` helps
-    for one step at the start; both are nan where the curvature measured is not positive.
+    for one step at the start; both are None where the curvature measured is not positive.
     """
 
     eps: float
-    lr: float
-    largest_lr: float
+    lr: float | None
+    largest_lr: float | None
     slope: float
     curvature: float
     agreement: float
@@ -51,6 +50,33 @@ class Diagnosis:
     errors: dict[str, list[float]]
     two_sided: bool
     forwards: int
+
+
+@dataclass
+class Ladder:
+    """An estimator that evaluates the loss at plus and minus each of `distances` along one direction.
+
+    `losses` holds them by signed distance, the centre at 0; the estimate is the direction itself.
+    """
+
+    distances: Sequence[float]
+    losses: dict[float, float] = field(default_factory=dict)
+
+    def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
+        self.losses = {0.0: landscape.clean()}
+        direction = landscape.draw()
+        for distance in self.distances:
+            for signed in (distance, -distance):
+                self.losses[signed] = landscape.at(direction, signed)
+        estimate.add(direction, torch.tensor(1.0))
+        return self.losses[0.0], [1.0]
+
+    def difference(self, distance: float, two_sided: bool) -> float:
+        """The finite difference over `distance`."""
+        ahead = self.losses[distance]
+        if two_sided:
+            return (ahead - self.losses[-distance]) / (2 * distance)
+        return (ahead - self.losses[0.0]) / distance
 
 
 @dataclass
@@ -115,7 +141,7 @@ def diagnose(
     )
     agreement = fmean(g * slope(second) for g, (_, second) in zip(true, walks, strict=True)) / size**2
     unit = size if isinstance(optimizer.update, Adam) else probes.scale * probes.count  # of lr, for a step of g D
-    lr, largest = (2 * rho * unit / curvature if curvature > 0 else math.nan for rho in (ENDURING, agreement))
+    lr, largest = (2 * rho * unit / curvature if curvature > 0 else None for rho in (ENDURING, agreement))
     relative = {sides: [e / size for e in values] for sides, values in errors.items()}
     forwards = len(walks) * 2 * (2 * len(distances) + 1)
     return Diagnosis(eps, lr, largest, size, curvature, agreement, [*distances], relative, probes.two_sided, forwards)

@@ -1,4 +1,4 @@
-"""`zoft.bench.doctor`: on a quadratic everything that it measures is known."""
+"""`zoft.train.diagnosis`: on a quadratic everything that it measures is known."""
 
 import math
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from optim.models import changed, closure_of, llama, snapshot, token_batch
-from zoft.bench import diagnose
 from zoft.optim import AGZO, Adam, Guided, MeZO, ZeroOrder, ZOAct
 from zoft.optim.noise import normal
+from zoft.train.diagnosis import diagnose
 
 
 def quadratic(noise: float, batches: int = 8) -> tuple[nn.Linear, list[Callable[[], Tensor]]]:
@@ -95,3 +95,9 @@ def test_nothing_is_changed(method: Callable[..., ZeroOrder]) -> None:
 def test_without_probes_there_is_nothing_to_measure() -> None:
     with pytest.raises(ValueError, match="guided"):
         diagnose(llama(), [lambda: 0.0, lambda: 0.0], partial(Guided, lr=0.0))
+
+
+def test_a_loss_that_curves_downwards_has_no_step() -> None:
+    model, closures = quadratic(0.0)
+    found = diagnose(model, [lambda f=f: -f() for f in closures], partial(MeZO, lr=0.0), directions=20)
+    assert found.curvature < 0 and found.lr is None and found.largest_lr is None
