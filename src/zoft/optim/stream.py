@@ -54,6 +54,11 @@ class Stream:
     norm: Norm
     blocks: list[Block]
 
+    @property
+    def writers(self) -> list[Writer]:
+        """Of all blocks."""
+        return [writer for block in self.blocks for writer in block.writers]
+
 
 @dataclass(frozen=True)
 class _Call:

@@ -23,9 +23,11 @@ class Guided(ZeroOrder):
     counted). The closure must return a `zoft.optim.Loss`.
 
     With ``into="weights"`` the steps are written into the weights, and the basis may be renewed every
-    `renew_every` steps; ``feed_forward=False`` counts the stream as the identity (`zoft.optim.guided.Guided`).
+    `renew_every` steps; ``feed_forward=False`` counts the stream as the identity, and then ``two_pass=True`` takes two
+    forwards a step and keeps nothing for each layer (`zoft.optim.guided.Guided`).
 
     Raises:
+        ValueError: `two_pass` with `feed_forward`.
         NoStream: at the first estimate, if the model has no residual stream that ends in a norm and a linear head.
     """
 
@@ -38,6 +40,7 @@ class Guided(ZeroOrder):
         power_steps: int | None = None,
         renew_every: int | None = None,
         feed_forward: bool = True,
+        two_pass: bool = False,
         into: Literal["weights", "coefficients"] = "coefficients",
         exclude: tuple[str, ...] = HEADS,
         **options: Any,
@@ -46,7 +49,7 @@ class Guided(ZeroOrder):
             model,
             lr=lr,
             subspace=Activation(rank, power_steps, renew_every, read_only=True),
-            estimator=GuidedEstimator(feed_forward),
+            estimator=GuidedEstimator(feed_forward, two_pass),
             update=Adam(into=into),
             exclude=exclude,
             **options,
