@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,8 @@ from zoft.errors import UserError
 
 if TYPE_CHECKING:
     from zoft.train.diagnosis import Diagnosis
+
+RANKS = (1, 2, 4, 8, 16)
 
 
 def doctor(
@@ -28,6 +31,10 @@ def doctor(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 16,
     directions: Annotated[int, typer.Option(min=2, help="Random directions tried; 30 forwards each.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the batches and the noise.")] = 0,
+    gradient: Annotated[
+        bool, typer.Option("--gradient", help="Backpropagate once, too: which rank captures how much of the gradient.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Save a plot of the errors over eps.")] = None,
     template: common.Template = None,
     words: common.Words = None,
     label: common.Label = None,
@@ -41,12 +48,15 @@ def doctor(
     """
     import time
 
+    from zoft.bench import captured_energy
     from zoft.data import load_rows, sample
+    from zoft.report.plots import save_errors
     from zoft.train import TrainConfig, load_model, task_batches, task_closures
     from zoft.train.diagnosis import diagnose
     from zoft.train.memory import peak_memory_bytes
     from zoft.train.optimizers import zero_order_of
 
+    common.require_plot(plot)
     config = TrainConfig.load(
         None,
         model=model,
@@ -80,8 +90,12 @@ def doctor(
         "seconds": round(2 * steps * seconds, 1),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    energy = captured_energy(network, closures[0], RANKS) if gradient else None
+    if plot is not None:
+        save_errors(plot, found.distances, found.errors, f"{method} on {description.title}")
     if as_json:
-        common.print_json({"model": model, "method": method, "steps": steps, **asdict(found), **forecast})
+        facts = {"model": model, "method": method, "steps": steps, **asdict(found), **forecast}
+        common.print_json(facts | ({"captured_energy": energy} if energy else {}))
         return
     from rich.table import Table
 
@@ -91,6 +105,9 @@ def doctor(
     console.print(table)
     for line in _advice(found, forecast, method, steps):
         console.print(line)
+    if energy is not None:
+        shares = ", ".join(f"{share:.0%} at rank {rank}" for rank, share in energy.items())
+        console.print(f"the activations' leading directions capture of the gradient's energy: {shares}")
 
 
 def _advice(found: Diagnosis, forecast: dict[str, Any], method: str, steps: int) -> list[str]:
