@@ -187,6 +187,7 @@ def test_resume_of_no_run(zoft: Callable[..., Outcome], tmp_path: Path) -> None:
     [
         (["--methods", "agzo,mezzo"], "did you mean mezo?"),
         (["--methods", "lora"], "first-order"),
+        (["--methods", "auto"], "name the method"),
         (["--methods", ","], "names no method"),
         (["-o", "rank=0"], "rank"),
         (["-o", "rnak=2"], "did you mean rank?"),

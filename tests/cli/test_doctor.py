@@ -50,6 +50,7 @@ def test_options_reach_the_method(doctor: Callable[..., Outcome]) -> None:
         (("--method", "fo-adamw"), "first-order"),
         (("--method", "guided"), "no eps"),
         (("--method", "agz"), "agzo"),
+        (("--method", "auto"), "name the method"),
         (("--plot", "plot.xyz"), "plot.xyz"),
         (("--batch-size", 16), "two batches of 16 need 32 rows; there are 30"),
     ],

@@ -47,8 +47,10 @@ def method_options(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """All options of method `name` (lr and eps among them): `given` over its defaults.
 
     Raises:
-        UserError: the method has no such option, or it is of another type.
+        UserError: the method has no such option, or it is of another type; or it is `AUTO`.
     """
+    if name == AUTO:
+        raise UserError("method auto is settled when zoft train looks at the model: here, name the method")
     if name in FIRST_ORDER:
         defaults = FIRST_ORDER[name]
         hints: dict[str, Any] = {option: type(value) for option, value in defaults.items()}
@@ -81,8 +83,9 @@ def zero_order_of(config: TrainConfig, model: Any) -> ZeroOrder:
     """The zeroth-order optimizer of `config` for `model`.
 
     Raises:
-        UserError: its method is first-order, or refuses a value, or the model.
+        UserError: its method is first-order or `AUTO`, or refuses a value, or the model.
     """
+    method_options(config.method, {})
     if config.method in FIRST_ORDER:
         raise UserError(f"{config.method} is first-order: it draws no directions")
     options = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay, "seed": config.seed}

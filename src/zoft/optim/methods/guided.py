@@ -20,7 +20,8 @@ class Guided(ZeroOrder):
     at the positions that the loss reads, r at most their number, and A stays. Each step computes the coefficients'
     estimate from the error at the output (`zoft.optim.guided`) and hands it to Adam. Only matrices that the estimate
     reaches are trained. One forward a step (and a look at the model, once, to find the residual stream, which is not
-    counted). The closure must return a `zoft.optim.Loss`.
+    counted). The closure must return a `zoft.optim.Loss`. `lr` is meant to fall to 0 over the run; `zoft train` has it
+    fall linearly.
 
     With ``into="weights"`` the steps are written into the weights, and the basis may be renewed every
     `renew_every` steps; ``feed_forward=False`` counts the stream as the identity, and then ``two_pass=True`` takes two
@@ -34,7 +35,7 @@ class Guided(ZeroOrder):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 3e-4,
+        lr: float = 1e-3,
         *,
         rank: int = 16,
         power_steps: int | None = None,
