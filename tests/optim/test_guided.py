@@ -250,6 +250,17 @@ def test_only_what_the_loss_reads_is_read() -> None:
         torch.testing.assert_close(part[name], whole[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("feed_forward", [True, False])
+def test_what_it_does_not_reach_has_no_coefficients(feed_forward: bool) -> None:
+    model = llama()
+    optimizer = Guided(model, rank=4, feed_forward=feed_forward)
+    optimizer.step(closure_of(model, token_batch()))
+    ends = {"o_proj", "down_proj"} | ({"gate_proj", "up_proj"} if feed_forward else set())
+    assert {name.rpartition(".")[2] for name in optimizer.coefficients} == ends
+    assert optimizer.bases.keys() == optimizer.coefficients.keys()
+    assert {m.name for m in optimizer.branches.active} == optimizer.coefficients.keys()
+
+
 def test_nothing_is_differentiated() -> None:
     """It runs where autograd cannot, and leaves the model as it was."""
     model = llama()
