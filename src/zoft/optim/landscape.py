@@ -26,9 +26,9 @@ class Landscape:
 
     `key` prefixes the noise of the directions drawn, numbered from `drawn` on; `confine` may restrict left factors to
     some of their columns. If `capture` is given, the bases are due for renewal: the next clean pass runs inside it, and
-    what it yields is handed to `renew`, or that part of it which is of the maps `reached`. `forwards` counts the passes,
-    `used` collects the maps and dense parameters that a perturbed pass has read. `losses` holds what the closure
-    returned in the latest pass, float64 [batch] or [], `error` its slope, if it returned a `Loss` that has one.
+    what it yields is handed to `renew`, or that part of it which is of the maps `reached`. `forwards` counts the
+    passes, `used` collects the maps and dense parameters that a perturbed pass has read. `losses` holds what the
+    closure returned in the latest pass, float64 [batch] or [], `error` its slope, if it returned a `Loss` that has one.
     """
 
     model: nn.Module
