@@ -114,6 +114,16 @@ def test_the_writers_are_found(name: str, dtype: torch.dtype) -> None:
     assert stream.scale == pytest.approx({"granite": 0.25, "cohere": 0.25}.get(name, 1.0), rel=0.01)
 
 
+@pytest.mark.parametrize("small", ["down_proj", "o_proj"])
+def test_a_writer_that_adds_next_to_nothing_is_found(small: str) -> None:
+    """Once its block was taken for one without writers: least squares chose by the share of what is added."""
+    model = llama()
+    for name, parameter in model.named_parameters():
+        if small in name:
+            parameter.data *= 1e-3
+    assert [n.rpartition(".")[2] for n in names(stream_of(model))] == ["o_proj", "down_proj"] * 2
+
+
 def test_a_model_without_a_stream_says_what_is_missing() -> None:
     model, x = mlp(), torch.randn(6, 10)
     with pytest.raises(NoStream, match="norm"):

@@ -147,7 +147,9 @@ class Suite:
 def counted_forwards(method: str, options: dict[str, Any]) -> int:
     """Forward passes of one batch's step of a zeroth-order method, counted on a tiny random model."""
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    model, tokens = LlamaForCausalLM(config).eval(), torch.arange(8).reshape(2, 4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, tokens = LlamaForCausalLM(config).eval(), torch.arange(8).reshape(2, 4)
     of_this_model = {name: value for name, value in options.items() if name not in PATTERNS}
     optimizer = zero_order(method, model, method_options(method, of_this_model))
 

@@ -157,13 +157,14 @@ def _parts(block: _Call, inside: list[_Call], maps: dict[str, LinearMap]) -> lis
     added = (_exact(block.y) - _exact(block.x)).flatten()
     outputs = torch.stack([_exact(call.y).flatten() for call in distinct], dim=1)
     sizes = _least_squares(outputs, added).abs() * outputs.norm(dim=0)
-    chosen = (sizes > 0.02 * added.norm()).nonzero().squeeze(1)
-    if not len(chosen):
-        return []
-    outputs = outputs[:, chosen]
-    gains = _least_squares(outputs, added)
-    rounding = torch.finfo(block.y.dtype).eps * _exact(block.y).norm()
-    if (added - outputs @ gains).norm() > 1e-3 * added.norm() + 2 * rounding:
+    rounding = 2 * torch.finfo(block.y.dtype).eps * (_exact(block.y).norm() + added.norm())
+    order = sizes.argsort(descending=True)
+    for count in range(max(1, int((sizes > 0.02 * added.norm()).sum())), len(distinct) + 1):
+        chosen = order[:count]
+        gains = _least_squares(outputs[:, chosen], added)
+        if (added - outputs[:, chosen] @ gains).norm() <= rounding:
+            break
+    else:
         return []
     found = [(distinct[i], gain) for i, gain in zip(chosen.tolist(), gains.tolist(), strict=True)]
     return sorted(found, key=lambda part: inside.index(part[0]))
