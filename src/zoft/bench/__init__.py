@@ -1,4 +1,4 @@
-"""Measurements: how estimates align with the true gradient, how finite differences err, which step pays."""
+"""Measurements: how estimates align with the true gradient, which step pays, what it costs, what is learnt by it."""
 
 from zoft.bench.align import Alignment, align, expected_cosine
 from zoft.bench.curve import Ladder, finite_difference_errors
