@@ -14,6 +14,8 @@ from zoft.errors import UserError
 from zoft.optim import Loss
 from zoft.train.models import longest, room
 
+WORDS = 64  # with two, and logits in half precision, a probe may change no loss, and a step would have no update
+
 
 def task_batches(model: Any, tokenizer: Any, task: Task, rows: list[Row], size: int) -> list[dict[str, Tensor]]:
     """`rows` as training batches of `size` examples on the model's device; a remainder is left out."""
@@ -24,7 +26,7 @@ def task_batches(model: Any, tokenizer: Any, task: Task, rows: list[Row], size: 
 
 
 def random_batch(model: Any, size: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-    """`size` sequences of `length` random tokens, each to be followed by one of two random label words.
+    """`size` sequences of `length` random tokens, each to be followed by one of `WORDS` random label words.
 
     On the model's device, and as `Collator` has a classification's batch.
 
@@ -40,8 +42,8 @@ def random_batch(model: Any, size: int, length: int, seed: int = 0) -> dict[str,
         "input_ids": torch.randint(vocabulary, (size, length), generator=generator),
         "attention_mask": torch.ones(size, length, dtype=torch.int64),
         "position_ids": torch.arange(length).expand(size, length),
-        "label_words": torch.randperm(vocabulary, generator=generator)[:2],
-        "targets": torch.randint(2, (size,), generator=generator),
+        "label_words": torch.randperm(vocabulary, generator=generator)[:WORDS],
+        "targets": torch.randint(min(WORDS, vocabulary), (size,), generator=generator),
     }
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
