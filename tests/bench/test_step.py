@@ -68,14 +68,15 @@ def test_plain_forwards_read_the_last_position_only() -> None:
 
 
 def test_summary() -> None:
-    plain = Timing([2.0, 2.0, 4.0], [{"forwards": [1.0, 1.0]}] * 3)
+    """On a machine whose speed halves: the ratio is the rounds' own."""
+    plain = Timing([2.0, 4.0, 4.0], [{"forwards": [t / 2] * 2} for t in (2.0, 4.0, 4.0)])
     parts = [{"forwards": [t], "update": [0.5]} for t in (2.0, 2.0, 8.0)]
     found = summary(plain, Timing([3.0, 3.0, 9.0], parts))
     assert found == {
         "seconds_per_step": 3.0,
-        "seconds_two_forwards": 2.0,
+        "seconds_two_forwards": 4.0,
         "ratio": 1.5,
-        "ratio_quartiles": [1.5, 1.875],
+        "ratio_quartiles": [1.125, 1.875],
         "forwards_per_step": 1,
         "ratio_own_forwards": 3.0,
         "breakdown": {"forwards": [2.0], "update": 0.5, "rest": 0.5},

@@ -183,21 +183,20 @@ def take_turns(
 
 
 def summary(plain: Timing, found: Timing) -> dict[str, Any]:
-    """What `found` comes to beside `plain`, two forwards a round.
+    """What `found` comes to beside `plain`, two forwards a round: medians over the rounds.
 
-    `ratio` is to the two forwards (`ratio_quartiles`: of the rounds' own), `ratio_own_forwards` to as many plain
-    forwards as the method itself takes.
+    `ratio` is that of a step to the two forwards of its round, which holds even if the machine's speed changes halfway;
+    `ratio_own_forwards` is to as many plain forwards as the method itself takes.
     """
-    step, two = median(found.whole), median(plain.whole)
+    ratios = [step / two for step, two in zip(found.whole, plain.whole, strict=True)]
+    low, ratio, high = quantiles(ratios, method="inclusive")
     count = len(found.parts[0][FORWARDS])
-    ratios = [own / others for own, others in zip(found.whole, plain.whole, strict=True)]
-    low, _, high = quantiles(ratios, method="inclusive")
     return {
-        "seconds_per_step": step,
-        "seconds_two_forwards": two,
-        "ratio": step / two,
+        "seconds_per_step": median(found.whole),
+        "seconds_two_forwards": median(plain.whole),
+        "ratio": ratio,
         "ratio_quartiles": [low, high],
         "forwards_per_step": count,
-        "ratio_own_forwards": 2 * step / (count * two),
+        "ratio_own_forwards": ratio * 2 / count,
         "breakdown": found.breakdown(),
     }
