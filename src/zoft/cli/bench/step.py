@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +64,7 @@ def step(
     with console.status("") as status:
         found = time_steps(names, network, batch, repeats, status.update)
         del network, batch  # room for the processes that measure memory
+        gc.collect()
         if torch.accelerator.is_available():
             torch.get_device_module().empty_cache()
         records = compare(model, names, [facts["length"]], batch_size, dtype or "auto", device, status.update)
