@@ -10,7 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-import zoft.bench.cell
+import zoft.bench.process
 from zoft.bench.accuracy import Results, run_suite
 from zoft.bench.suite import load_suite
 
@@ -79,7 +79,7 @@ class Runs:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     played = Runs()
-    monkeypatch.setattr(zoft.bench.cell.subprocess, "run", played)
+    monkeypatch.setattr(zoft.bench.process.subprocess, "run", played)
     return played
 
 

@@ -21,7 +21,7 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_imports_nothing_slow() -> None:
-    for command in ([], ["train"]):
+    for command in ([], ["train"], ["bench", "memory"]):
         found = python("-c", SCRIPT, *command, "--help")
         assert found.returncode == 0
         assert "Usage" in found.stdout

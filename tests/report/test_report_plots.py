@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from zoft.errors import UserError
-from zoft.report.plots import metric_curve, running_median, save_comparison, save_layers
+from zoft.report.plots import metric_curve, running_median, save_comparison, save_lines
 
 ROWS = [
     {"method": "mezo", "cosine_mean": 8e-5, "cosine_sem": 2e-5, "predicted_cosine": 9e-5, "capture": 1.0},
@@ -40,12 +40,13 @@ def test_comparison_without_a_positive_cosine(tmp_path: Path):
     assert (tmp_path / "cosine.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_layers(tmp_path: Path):
-    save_layers(tmp_path / "layers.svg", {"agzo": [0.1, 0.2, 0.3], "mezo": [0.0, 0.0, 0.1]}, "cosine")
-    text = (tmp_path / "layers.svg").read_text(encoding="utf-8")
-    assert "agzo" in text and "layer" in text and "cosine" in text
+def test_lines(tmp_path: Path):
+    lines = {f"method {number}": [(0, 0.1), (1, 0.2), (2, 0.3)] for number in range(12)}
+    save_lines(tmp_path / "lines.svg", lines, "layer", "cosine")
+    text = (tmp_path / "lines.svg").read_text(encoding="utf-8")
+    assert "method 0" in text and "method 11" in text and "layer" in text and "cosine" in text
 
 
 def test_unknown_kind_of_file(tmp_path: Path):
     with pytest.raises(UserError, match=r"plot\.xyz.*png.*svg"):
-        save_layers(tmp_path / "plot.xyz", {"agzo": [0.1]}, "cosine")
+        save_lines(tmp_path / "plot.xyz", {"agzo": [(0, 0.1)]}, "layer", "cosine")

@@ -1,4 +1,4 @@
-"""Measurements: how estimates align with the true gradient, and how finite differences err."""
+"""Measurements: how estimates align with the true gradient, what a step costs, what is learnt by it."""
 
 from zoft.bench.align import Alignment, align, expected_cosine
 from zoft.bench.curve import finite_difference_errors

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +13,12 @@ from typing import Any
 
 import yaml
 
+from zoft.bench.process import run_zoft
 from zoft.bench.suite import EVAL_FLAGS, Cell
-from zoft.errors import UserError
 from zoft.report.run import read_run
 from zoft.train.files import write_json, write_text
 
 Record = dict[str, Any]
-MISTAKE = 2  # the exit code for what the user has to mend
 
 
 def run_cell(cell: Cell, file: Path, data: Path | None) -> None:
@@ -30,7 +27,7 @@ def run_cell(cell: Cell, file: Path, data: Path | None) -> None:
     data: the folder with a folder of rows for each task; None for what the suite says, or the hub's data.
 
     A record is the summary of `zoft train` (or what `zoft eval` says, its metric as `best`) and: `row`, `lr`, `seed`,
-    `failed` (null, or the last line of standard error, and then there is no summary), `elapsed` (seconds of the whole
+    `failed` (null, or what ended it, and then there is no summary), `elapsed` (seconds of the whole
     process), `command`, `settings`, and `curve`, the metric on the held-out rows along the run.
 
     Raises:
@@ -43,15 +40,12 @@ def run_cell(cell: Cell, file: Path, data: Path | None) -> None:
         command, started = _command(cell, folder), time.perf_counter()
         place = data / cell.settings.get("data", cell.task) if data else cell.settings.get("data")
         where = ["--data", str(place)] if place else []
-        found = subprocess.run([sys.executable, "-m", "zoft", *command, *where], capture_output=True, text=True)
+        out, failed = run_zoft([*command, *where], cell.name)
         elapsed = round(time.perf_counter() - started, 1)
-        last = (found.stderr.strip().splitlines() or [f"ended with code {found.returncode}"])[-1]
-        if found.returncode == MISTAKE:
-            raise UserError(f"{cell.name}: {last.removeprefix('zoft: ')}")
         record: Record = {"task": cell.task, "row": cell.row, "lr": cell.rate, "seed": cell.seed}
-        record |= {"failed": last if found.returncode else None, "elapsed": elapsed}
-        if not found.returncode:
-            record |= _trained(folder / "run", cell) if cell.rate else _evaluated(json.loads(found.stdout))
+        record |= {"failed": failed, "elapsed": elapsed}
+        if failed is None:
+            record |= _trained(folder / "run", cell) if cell.rate else _evaluated(json.loads(out))
         shown = ["zoft", *command, *(["--data", f"DATA/{cell.task}"] if data else where)]
         record["command"] = " ".join(shown).replace(f"{folder}{os.sep}", "")
         write_json(file, record | {"settings": cell.settings})

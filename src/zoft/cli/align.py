@@ -66,12 +66,12 @@ def align(
     result = {name: alignment.summary() for name, alignment in found.items()}
     layers = _layers(found) if per_layer else {}
     if plot is not None:
-        from zoft.report.plots import save_comparison, save_layers
+        from zoft.report.plots import save_comparison, save_lines
 
         save_comparison(plot, [{"method": name, **facts} for name, facts in result.items()], title=description.title)
         if per_layer:
-            values = {name: list(cosines.values()) for name, cosines in layers.items()}
-            save_layers(plot.with_stem(f"{plot.stem}-layers"), values, "cosine to the true gradient")
+            lines = {name: [*enumerate(cosines.values())] for name, cosines in layers.items()}
+            save_lines(plot.with_stem(f"{plot.stem}-layers"), lines, "layer", "cosine to the true gradient")
     if as_json:
         facts = {"model": model, "task": description.name, "batch_size": batch_size, "batches": batches, "seed": seed}
         common.print_json(facts | {"methods": result} | ({"layers": layers} if per_layer else {}))
@@ -86,7 +86,7 @@ def _methods(names: str, options: dict[str, Any], settings: dict[str, Any]) -> d
     from zoft.train.optimizers import FIRST_ORDER, method_options, require_method, zero_order
 
     known: dict[str, dict[str, Any]] = {}
-    for name in (part.strip() for part in names.split(",") if part.strip()):
+    for name in common.parse_names(names):
         require_method(name)
         if name in FIRST_ORDER:
             raise UserError(f"{name} is first-order: its estimate is the gradient itself")

@@ -65,8 +65,13 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.write("\n")
 
 
+def parse_names(text: str) -> list[str]:
+    """The names in ``a, b``, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def require_plot(path: Path | None) -> None:
-    """Raises UserError if no plot can be saved there."""
+    """Raises UserError if a plot cannot be saved there."""
     if path is not None and not (path.parent.is_dir() and path.suffix in (".png", ".svg", ".pdf")):
         raise UserError(f"cannot save a plot as {path}: give a .png, .svg or .pdf file in a folder that exists")
 

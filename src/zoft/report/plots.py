@@ -129,21 +129,25 @@ def save_comparison(path: str | Path, rows: list[dict[str, Any]], title: str = "
     _save(figure, path)
 
 
-def save_layers(path: str | Path, methods: dict[str, list[float]], ylabel: str) -> None:
-    """Save the plot of one value per layer, a line for each method."""
+def save_lines(
+    path: str | Path, lines: dict[str, list[tuple[int, float]]], xlabel: str, ylabel: str, columns: int = 6
+) -> None:
+    """Save the plot of named lines through points of whole abscissas, their names in so many columns."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    for method, values in methods.items():
-        axes.plot(values, marker="o", markersize=3, linewidth=1.5, label=method)
+    for number, (name, points) in enumerate(lines.items()):
+        across, values = [point[0] for point in points], [point[1] for point in points]
+        style = "-" if number < 10 else "--"  # there are ten colours
+        axes.plot(across, values, marker="o", markersize=3, linewidth=1.5, linestyle=style, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("layer")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=6, frameon=False)
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False)
     _save(figure, path)
 
 

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zoft.data import Collator, Encoder, Row, Task, TaskDataset, losses, read_logits, slope
+from zoft.errors import UserError
 from zoft.optim import Loss
-from zoft.train.models import room
+from zoft.train.models import longest, room
+
+WORDS = 64  # with two, and logits in half precision, a probe may change no loss, and a step would have no update
 
 
 def task_batches(model: Any, tokenizer: Any, task: Task, rows: list[Row], size: int) -> list[dict[str, Tensor]]:
@@ -19,6 +23,29 @@ def task_batches(model: Any, tokenizer: Any, task: Task, rows: list[Row], size: 
     collate = Collator(tokenizer.pad_token_id, "train")
     batches = [collate([items[i + k] for k in range(size)]) for i in range(0, len(rows) - size + 1, size)]
     return [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches]
+
+
+def random_batch(model: Any, size: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """`size` sequences of `length` random tokens, each to be followed by one of `WORDS` random label words.
+
+    On the model's device, and as `Collator` has a classification's batch.
+
+    Raises:
+        UserError: the model takes no sequence of this length.
+    """
+    most = longest(model)
+    if most is not None and length > most:
+        raise UserError(f"the model takes {most} tokens; {length} are too many")
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    batch = {
+        "input_ids": torch.randint(vocabulary, (size, length), generator=generator),
+        "attention_mask": torch.ones(size, length, dtype=torch.int64),
+        "position_ids": torch.arange(length).expand(size, length),
+        "label_words": torch.randperm(vocabulary, generator=generator)[:WORDS],
+        "targets": torch.randint(min(WORDS, vocabulary), (size,), generator=generator),
+    }
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def task_closures(model: Any, batches: list[dict[str, Tensor]]) -> list[Callable[[], Loss]]:

@@ -149,13 +149,18 @@ def room(model: PreTrainedModel, task: Task, length: int | None = None) -> int:
     Raises:
         UserError: `length` is more than the model takes, or nothing would be left.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = longest(model)
     most = (positions or LENGTH) - task.max_new_tokens
     found = length or min(most, LENGTH - task.max_new_tokens)
     if found < 1 or (positions and found > most):
         new = f" with the {task.max_new_tokens} generated after them" if task.max_new_tokens else ""
         raise UserError(f"the model takes {positions} tokens{new}; {length or task.max_new_tokens} are too many")
     return found
+
+
+def longest(model: PreTrainedModel) -> int | None:
+    """Tokens that the model takes at most; None if it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _demo_file() -> Path:

@@ -1,4 +1,4 @@
-"""``zoft bench``."""
+"""``zoft bench accuracy``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,7 @@ from zoft.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
-
-@bench.callback()
-def about() -> None:
-    """Measure methods against one another."""
-
-
-@bench.command()
 def accuracy(
     suite: Annotated[Path, typer.Argument(help="YAML file that says what to run; see docs/benchmarks.md.")],
     out: Annotated[

@@ -1,0 +1,32 @@
+"""``zoft`` as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from zoft.errors import UserError
+
+MISTAKE = 2  # the exit code for what the user has to mend
+
+
+def run_zoft(
+    arguments: Sequence[str], name: str, environment: Mapping[str, str] | None = None
+) -> tuple[str, str | None]:
+    """What ``zoft`` with `arguments` says on standard output, and what ended it: None if nothing did.
+
+    `environment` holds variables of its environment that differ from this process's.
+
+    Raises:
+        UserError: it refuses its arguments; the message begins with `name`.
+    """
+    command = [sys.executable, "-m", "zoft", *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
+    if found.returncode < 0:
+        return found.stdout, f"ended by signal {-found.returncode}{', for lack of memory?' * (found.returncode == -9)}"
+    last = (found.stderr.strip().splitlines() or [f"ended with code {found.returncode}"])[-1]
+    if found.returncode == MISTAKE:
+        raise UserError(f"{name}: {last.removeprefix('zoft: ')}")
+    return found.stdout, last if found.returncode else None
