@@ -1,4 +1,4 @@
-"""Error of finite differences against eps, per method: from it come the eps of benchmarks/sst2.py.
+"""Error of finite differences against eps, per method: from it comes the eps of benchmarks/accuracy.yaml.
 
     python benchmarks/eps.py --data DATA/sst2
 

@@ -36,6 +36,18 @@ def test_without_search_and_in_context(runs: Runs, results: Callable[..., Result
     ] == [True] * 3
 
 
+def test_search_on_one_task_for_all(runs: Runs, results: Callable[..., Results]) -> None:
+    """The other tasks wait for it, and do the search themselves if they alone are wanted."""
+    runs.dev = lambda settings: {3e-4: 0.8, 1e-3: 0.6}.get(settings["lr"], 0.5)
+    found = results(tasks=["rte", "sst2"], search="sst2")
+    go(found, only="rte/agzo")
+    assert runs.rates == [(3e-5, 0), (1e-4, 0), (3e-4, 0), (1e-3, 0), (3e-4, 0), (3e-4, 1)]
+    assert [settings["task"] for settings in runs.settings] == ["sst2"] * 4 + ["rte"] * 2
+    go(found)
+    assert runs.settings[-1]["task"] == "sst2" and runs.rates[6:] == [(3e-4, 1)]
+    assert facts(found)["methods"]["agzo"]["tasks"]["rte"]["lr"] == "3e-4"
+
+
 def test_what_is_kept(runs: Runs, results: Callable[..., Results], tmp_path: Path) -> None:
     found = results(
         methods={"adam": {"method": "fo-adamw", "lr": 1e-4, "search": False}}, seeds=0, first_order_forwards=4

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 import zoft
 from optim.models import changed, closure_of, gpt2, llama, mlp, snapshot, tied_llama, token_batch
-from zoft.bench import Ladder, finite_difference_errors
+from zoft.bench import finite_difference_errors
 from zoft.bench.gradient import slope, true_gradients
 from zoft.optim import ZeroOrder
 from zoft.optim.noise import normal
+from zoft.train.diagnosis import Ladder
 
 METHODS: dict[str, Callable[..., ZeroOrder]] = {
     "agzo": partial(zoft.AGZO, lr=0.0),

@@ -27,21 +27,26 @@ def assert_refused(outcome: Outcome, message: str, out: Path | None = None) -> N
         (["--task", "bolq"], "did you mean boolq?"),
         (["--data", "no/such/place"], "no/such/place: no such file or folder"),
         (["--method", "agz"], "did you mean agzo?"),
-        (["--method", "nothing-like-it"], "choose from mezo, lozo"),
-        (["-o", "ranks=2"], "did you mean rank?"),
+        (["--method", "nothing-like-it"], "choose from auto, mezo, lozo"),
+        (["--method", "agzo", "-o", "ranks=2"], "did you mean rank?"),
+        (["-o", "rank=2"], "method auto sets its options itself: leave rank out"),
         (["-o", "rank"], "not of the form name=value"),
-        (["-o", "rank=0"], "rank"),
-        (["-o", "rank=abc"], "rank must be of type int, not 'abc'"),
-        (["-o", "rank=1.5"], "rank must be of type int, not 1.5"),
-        (["-o", "two_sided=maybe"], "two_sided must be of type bool"),
-        (["-o", "others=both"], "others must be one of frozen, gaussian"),
-        (["-o", "include=no.such.*"], "no trainable linear layer"),
+        (["--method", "agzo", "-o", "rank=0"], "rank"),
+        (["--method", "agzo", "-o", "rank=abc"], "rank must be of type int, not 'abc'"),
+        (["--method", "agzo", "-o", "rank=1.5"], "rank must be of type int, not 1.5"),
+        (["--method", "agzo", "-o", "two_sided=maybe"], "two_sided must be of type bool"),
+        (["--method", "agzo", "-o", "others=both"], "others must be one of frozen, gaussian"),
+        (["--method", "agzo", "-o", "include=no.such.*"], "no trainable linear layer"),
         (["--method", "lora", "-o", "rank=0"], "method lora"),
         (["--method", "fo-sgd", "-o", "momentum=-1"], "method fo-sgd"),
         (["--steps", "0"], "steps must be at least 1, not 0"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--lr", "-1"], "lr must be a number of at least 0, not -1"),
         (["--lr", "nan"], "lr must be a number"),
+        (["--lr", "fast"], "lr must be of type float, not 'fast'"),
+        (["--lr", "auto", "--method", "guided"], "method guided, lr or eps auto: guided draws no directions"),
+        (["--eps", "auto", "--method", "lora"], "lora is first-order"),
+        (["--eps", "auto", "--batch-size", "16", "--method", "agzo"], "measured on at least two batches"),
         (["--eps", "0"], "eps must be above 0"),
         (["--weight-decay", "inf"], "weight_decay must be a number"),
         (["--seed", "-1"], "seed must be at least 0"),
@@ -159,7 +164,7 @@ def test_out_under_a_file(train: Callable[..., Outcome], tmp_path: Path) -> None
 def test_disk_full(train: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert_refused(train(), "of disk", tmp_path / "run")
+    assert_refused(train("--method", "agzo"), "of disk", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +187,7 @@ def test_resume_of_no_run(zoft: Callable[..., Outcome], tmp_path: Path) -> None:
     [
         (["--methods", "agzo,mezzo"], "did you mean mezo?"),
         (["--methods", "lora"], "first-order"),
+        (["--methods", "auto"], "name the method"),
         (["--methods", ","], "names no method"),
         (["-o", "rank=0"], "rank"),
         (["-o", "rnak=2"], "did you mean rank?"),

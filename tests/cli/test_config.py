@@ -31,6 +31,8 @@ def assert_same(one: Path, other: Path) -> None:
         ("--method", "agzo", "-o", "rank=2", "-o", "two_sided=true", "--lr", "1e-3", "--seed", "3"),
         ("--method", "zo-act", "-o", "exclude=*.mlp.*", "--accumulate", "2", "--schedule", "linear"),
         ("--method", "lora", "-o", "rank=2", "--lr", "1e-2"),
+        ("--method", "auto"),
+        ("--method", "zo-act", "--lr", "auto", "--eps", "auto"),
     ],
 )
 def test_config_reproduces_the_run(
@@ -47,7 +49,7 @@ def test_config_reproduces_the_run(
 
 def test_flag_over_file_over_default(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("model: m\ntask: sst2\nsteps: 7\nlr: 1e-4\nmethod_options: {rank: 2, probes: 3}\n")
+    file.write_text("model: m\ntask: sst2\nmethod: agzo\nsteps: 7\nlr: 1e-4\nmethod_options: {rank: 2, probes: 3}\n")
     config = TrainConfig.load(file, steps=5, method_options={"rank": 4})
     assert (config.steps, config.lr, config.batch_size) == (5, 1e-4, 16)
     assert config.method_options["rank"] == 4 and config.method_options["probes"] == 3
@@ -71,8 +73,11 @@ def test_saved_config_is_complete(tmp_path: Path) -> None:
         ("model: m\ntask: sst2\nsteps: many", "steps must be of type int, not 'many'"),
         ("model: m\ntask: sst2\nlr: fast", "lr must be of type float"),
         ("model: m\ntask: sst2\nmethod_options: rank", "method_options must be of type dict"),
-        ("model: m\ntask: sst2\nmethod_options: {others: both}", "others must be one of frozen, gaussian"),
-        ("model: m\ntask: sst2\nmethod_options: {include: 3}", "include must be of type list of str"),
+        (
+            "model: m\ntask: sst2\nmethod: agzo\nmethod_options: {others: both}",
+            "others must be one of frozen, gaussian",
+        ),
+        ("model: m\ntask: sst2\nmethod: agzo\nmethod_options: {include: 3}", "include must be of type list of str"),
         ("model: m\ntask: sst2\nseed: 5000000000", "seed must be below"),
         ("model: m\nsteps: 3", "no task"),
         ("task: sst2", "no model"),

@@ -30,6 +30,15 @@ def test_figures(doctor: Callable[..., Outcome], method: str) -> None:
     assert found["seconds_per_forward"] > 0 and found["peak_memory_bytes"] > 0
 
 
+def test_gradient_energy_and_plot(doctor: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = doctor("--gradient", "--plot", tmp_path / "eps.png")
+    assert outcome.code == 0 and "at rank 16" in outcome.out
+    assert (tmp_path / "eps.png").stat().st_size > 1000
+    energy = doctor("--gradient", "--json").json()["captured_energy"]
+    assert [*energy] == ["1", "2", "4", "8", "16"]
+    assert 0 < energy["1"] < energy["4"] < energy["16"] <= 1.001
+
+
 def test_options_reach_the_method(doctor: Callable[..., Outcome]) -> None:
     one, four = (doctor("-o", f"rank={rank}", "--json").json()["curvature"] for rank in (1, 4))
     assert one != four
@@ -41,6 +50,8 @@ def test_options_reach_the_method(doctor: Callable[..., Outcome]) -> None:
         (("--method", "fo-adamw"), "first-order"),
         (("--method", "guided"), "no eps"),
         (("--method", "agz"), "agzo"),
+        (("--method", "auto"), "name the method"),
+        (("--plot", "plot.xyz"), "plot.xyz"),
         (("--batch-size", 16), "two batches of 16 need 32 rows; there are 30"),
     ],
 )

@@ -107,7 +107,7 @@ def test_guard_goes_back_to_the_best_checkpoint(
 
 def test_the_start_may_be_the_best(train: Callable[..., Outcome], tmp_path: Path) -> None:
     """A run that ends before it has diverged again ends with the state that it had gone back to."""
-    summary = train("--lr", 1e30, "--eval-steps", 15, "--guard", "--json", steps=15).json()
+    summary = train("--method", "agzo", "--lr", 1e30, "--eval-steps", 15, "--guard", "--json", steps=15).json()
     assert summary["best_step"] == 10
     [(_, start), _, (_, kept)] = lines(tmp_path / "run", "validation_loss")
     assert kept == start
@@ -115,7 +115,7 @@ def test_the_start_may_be_the_best(train: Callable[..., Outcome], tmp_path: Path
 
 @pytest.mark.filterwarnings("error::zoft.optim.EstimateWarning")
 def test_estimates_that_are_zero_are_said_once(train: Callable[..., Outcome], tmp_path: Path) -> None:
-    outcome = train("--eps", 1e-30, "--guard", "--eval-steps", 30, steps=30)
+    outcome = train("--method", "agzo", "--eps", 1e-30, "--guard", "--eval-steps", 30, steps=30)
     assert outcome.code == 0, outcome.err
     [(step, warning)] = lines(tmp_path / "run", "warning")
     assert step == 10 and warning.endswith("larger --eps, such as 1e-29")

@@ -7,7 +7,7 @@ from .conftest import Outcome
 
 
 def test_train(train: Callable[..., Outcome]) -> None:
-    outcome = train("--json")
+    outcome = train("--method", "agzo", "--json")
     assert outcome.json()["method"] == "agzo"
     assert outcome.err == ""
 

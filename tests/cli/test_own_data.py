@@ -23,7 +23,7 @@ def test_prompts_and_completions(
     summary = zoft("train", model, "--data", file, *FEW, "--out", out, "--json").json()
     assert (summary["task"], summary["metric"]) == ("custom", "exact_match")
     assert summary["examples"] == {"train": 16, "dev": 5, "validation": 3}
-    assert (out / "model" / "config.json").is_file()
+    assert (out / "adapter" / "adapter_config.json").is_file()
     assert zoft("eval", out, "--json").json()["exact_match"] == summary["best"]
 
 

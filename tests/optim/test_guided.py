@@ -205,6 +205,25 @@ def test_without_feed_forward_the_stream_is_the_identity() -> None:
     assert all(error(found[name], expected[name]) < 1e-3 for name in found)
 
 
+@pytest.mark.parametrize("into", ["weights", "coefficients"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox", "granite"])
+def test_two_passes_keep_nothing_and_find_the_same(name: str, into: str) -> None:
+    """The second pass takes what the first one has kept, and the basis may come from the first."""
+    model = BUILDERS[name]()
+    closure = closure_of(model, token_batch())
+    one, two = (Guided(model, rank=8, into=into, feed_forward=False, two_pass=passes) for passes in (False, True))
+    expected, found = estimated(one, closure), estimated(two, closure)
+    assert found.keys() == expected.keys() and (one.counters.forwards, two.counters.forwards) == (1, 2)
+    for factor in found:
+        torch.testing.assert_close(found[factor], expected[factor], rtol=1e-4, atol=1e-7)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()) or into == "coefficients"
+
+
+def test_two_passes_cannot_go_through_feed_forward_parts() -> None:
+    with pytest.raises(ValueError, match="feed_forward=False"):
+        Guided(llama(), two_pass=True)
+
+
 def test_coefficients_already_trained_are_part_of_the_way_back() -> None:
     model = llama()
     optimizer, closure = Guided(model, rank=64, lr=0.01), closure_of(model, token_batch())
@@ -229,6 +248,17 @@ def test_only_what_the_loss_reads_is_read() -> None:
     whole, part = estimates
     for name in whole:
         torch.testing.assert_close(part[name], whole[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("feed_forward", [True, False])
+def test_what_it_does_not_reach_has_no_coefficients(feed_forward: bool) -> None:
+    model = llama()
+    optimizer = Guided(model, rank=4, feed_forward=feed_forward)
+    optimizer.step(closure_of(model, token_batch()))
+    ends = {"o_proj", "down_proj"} | ({"gate_proj", "up_proj"} if feed_forward else set())
+    assert {name.rpartition(".")[2] for name in optimizer.coefficients} == ends
+    assert optimizer.bases.keys() == optimizer.coefficients.keys()
+    assert {m.name for m in optimizer.branches.active} == optimizer.coefficients.keys()
 
 
 def test_nothing_is_differentiated() -> None:

@@ -1,7 +1,7 @@
-"""Measurements: how estimates align with the true gradient, how finite differences err, which step pays."""
+"""Measurements: how estimates align with the true gradient, and how finite differences err."""
 
 from zoft.bench.align import Alignment, align, expected_cosine
-from zoft.bench.curve import Ladder, finite_difference_errors
-from zoft.bench.doctor import Diagnosis, diagnose
+from zoft.bench.curve import finite_difference_errors
+from zoft.bench.energy import captured_energy
 
-__all__ = ["Alignment", "Diagnosis", "Ladder", "align", "diagnose", "expected_cosine", "finite_difference_errors"]
+__all__ = ["Alignment", "align", "captured_energy", "expected_cosine", "finite_difference_errors"]

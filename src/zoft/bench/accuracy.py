@@ -32,7 +32,7 @@ class Standing:
 
     `tried` holds the results of the search by rate, None where one is still to come; `rate` is the chosen one, None
     while it is not known, and for what needs no training. `runs` are the results by seed, `ready` the runs that can be
-    made now, `later` the number of those that follow at least.
+    made now (of another task, if the rate is sought there), `later` the number of those that follow at least.
     """
 
     tried: dict[str, Record | None]
@@ -87,6 +87,11 @@ class Results:
         first = None if method.shots is not None else rate_name(method.lr)
         if not method.search:
             return self._with_rate(task, row, first, {})
+        if isinstance(method.search, str) and task != method.search:
+            elsewhere = self.standing(method.search, row)
+            if elsewhere.rate is not None:
+                return self._with_rate(task, row, elsewhere.rate, {})
+            return Standing({}, None, {}, elsewhere.ready, len(seeds))
         assert first is not None
         cells: dict[str, Cell] = {}
 
@@ -155,7 +160,8 @@ def run_suite(results: Results, data: Path | None, only: str, console: Console) 
             break
         else:
             if not waiting:
-                console.print(f"waiting for runs of other processes: {', '.join(cell.name for cell in ready)}")
+                names = dict.fromkeys(cell.name for cell in ready)
+                console.print(f"waiting for runs of other processes: {', '.join(names)}")
             waiting = True
             time.sleep(POLL)
 
@@ -175,13 +181,13 @@ def seconds_left(results: Results, places: Iterable[tuple[str, str]]) -> float:
 
     A run is taken to last as long as those of its method on its task have so far, or on any task, or else as any run.
     """
-    standings = {place: results.standing(*place) for place in places}
+    standings = results.all()
     taken = {place: [record["elapsed"] for record in s.records] for place, s in standings.items()}
     every = [seconds for some in taken.values() for seconds in some]
     left = 0.0
-    for place, standing in standings.items():
+    for place in places:
         of_row = [seconds for (_, row), some in taken.items() if row == place[1] for seconds in some]
-        left += (len(standing.ready) + standing.later) * fmean(taken[place] or of_row or every)
+        left += (len(standings[place].ready) + standings[place].later) * fmean(taken[place] or of_row or every)
     return left
 
 

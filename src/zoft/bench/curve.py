@@ -1,4 +1,4 @@
-"""The loss along random directions, and how far finite differences of it are from the true slope.
+"""How far finite differences of the loss are from the true slope along random directions.
 
 A difference over a distance eps errs twice: rounding of the loss weighs 1 / eps, curvature eps (one-sided) or eps^2
 (two-sided). The best eps lies between, and depends on the dtype and on how long the method's directions are.
@@ -8,41 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from zoft.bench.gradient import Closure, slope, true_gradients
-from zoft.optim import Estimate, ZeroOrder
-from zoft.optim.landscape import Landscape
-
-
-@dataclass
-class Ladder:
-    """An estimator that evaluates the loss at plus and minus each of `distances` along one direction.
-
-    `losses` holds them by signed distance, the centre at 0; the estimate is the direction itself.
-    """
-
-    distances: Sequence[float]
-    losses: dict[float, float] = field(default_factory=dict)
-
-    def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
-        self.losses = {0.0: landscape.clean()}
-        direction = landscape.draw()
-        for distance in self.distances:
-            for signed in (distance, -distance):
-                self.losses[signed] = landscape.at(direction, signed)
-        estimate.add(direction, torch.tensor(1.0))
-        return self.losses[0.0], [1.0]
-
-    def difference(self, distance: float, two_sided: bool) -> float:
-        """The finite difference over `distance`."""
-        ahead = self.losses[distance]
-        if two_sided:
-            return (ahead - self.losses[-distance]) / (2 * distance)
-        return (ahead - self.losses[0.0]) / distance
+from zoft.optim import ZeroOrder
+from zoft.train.diagnosis import Ladder
 
 
 def finite_difference_errors(

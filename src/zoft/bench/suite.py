@@ -38,6 +38,7 @@ EVAL_FLAGS = {  # settings that `zoft eval` takes
     "dtype": "--dtype",
     "device": "--device",
 }
+SEARCH = bool | str
 ENDLESS = 10**7  # steps: more than fit in any budget of seconds
 
 
@@ -64,14 +65,15 @@ class TaskPlan:
 class Method:
     """A row of the table: a method of `zoft train` and its first learning rate, or `shots` rows in the prompt.
 
-    With `search`, the learning rate is sought around `lr`. `forwards_per_step` are those of one batch.
+    With `search`, the learning rate is sought around `lr`, on each task, or once on the task that it names.
+    `forwards_per_step` are those of one batch.
     """
 
     method: str = ""
     shots: int | None = None
     lr: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
-    search: bool = False
+    search: bool | str = False
     forwards_per_step: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -179,7 +181,7 @@ def _suite(values: dict[str, Any]) -> Suite:
         if not own.get(name):
             raise UserError(f"no {name}")
     common |= {name: own[name] for name in common if name in own}
-    search = as_type("search", own.get("search", True), bool)
+    search = as_type("search", own.get("search", True), SEARCH)
     first_order = _count("first_order_forwards", own.get("first_order_forwards", 3))  # a backward counts as about two
     rows = {
         str(row): _method(str(row), given, search, first_order)
@@ -192,6 +194,9 @@ def _suite(values: dict[str, Any]) -> Suite:
         max_rates=_count("max_rates", own.get("max_rates", 5), lowest=3),
         settings=settings,
     )
+    for row, method in suite.methods.items():
+        if isinstance(method.search, str) and method.search not in suite.tasks:
+            raise UserError(f"method {row}: search must be true, false or a task of the suite, not {method.search!r}")
     for task, plan in suite.tasks.items():
         for row, method in suite.methods.items():
             if method.shots is None:
@@ -220,7 +225,7 @@ def _tasks(values: Any, common: Mapping[str, Any]) -> dict[str, TaskPlan]:
     return plans
 
 
-def _method(row: str, given: Any, search: bool, first_order_forwards: int) -> Method:
+def _method(row: str, given: Any, search: bool | str, first_order_forwards: int) -> Method:
     if row == ZERO_SHOT or not re.fullmatch(r"\w[\w.+-]*", row):
         raise UserError(f"method {row!r}: choose a name of letters, digits and . + - _; {ZERO_SHOT} is always there")
     with _at(f"method {row}"):
@@ -236,7 +241,7 @@ def _method(row: str, given: Any, search: bool, first_order_forwards: int) -> Me
         lr = as_type("lr", own.get("lr", default), float)
         if not (math.isfinite(lr) and lr > 0):
             raise UserError(f"lr must be a number above 0, not {lr}")
-        if search := as_type("search", own.get("search", search), bool):
+        if search := as_type("search", own.get("search", search), SEARCH):
             grid_index(rate_name(lr))
         counted = own.get("forwards_per_step")
         if counted is None:

@@ -47,8 +47,7 @@ def align(
     """
     if not task:
         raise UserError("nothing to align on: give --task NAME (see zoft tasks)")
-    if plot is not None and not (plot.parent.is_dir() and plot.suffix in (".png", ".svg", ".pdf")):
-        raise UserError(f"cannot save a plot as {plot}: give a .png, .svg or .pdf file in a folder that exists")
+    common.require_plot(plot)
     from zoft.bench import align as run
     from zoft.data import load_rows, load_task, sample
     from zoft.train import load_model, task_batches, task_closures

@@ -65,6 +65,12 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.write("\n")
 
 
+def require_plot(path: Path | None) -> None:
+    """Raises UserError if no plot can be saved there."""
+    if path is not None and not (path.parent.is_dir() and path.suffix in (".png", ".svg", ".pdf")):
+        raise UserError(f"cannot save a plot as {path}: give a .png, .svg or .pdf file in a folder that exists")
+
+
 def parse_options(pairs: list[str]) -> dict[str, Any]:
     """``rank=4`` as ``{"rank": 4}``; what is no Python literal is text."""
     options = {}

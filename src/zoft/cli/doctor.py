@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +13,9 @@ from zoft.cli import common
 from zoft.errors import UserError
 
 if TYPE_CHECKING:
-    from zoft.bench import Diagnosis
+    from zoft.train.diagnosis import Diagnosis
+
+RANKS = (1, 2, 4, 8, 16)
 
 
 def doctor(
@@ -29,6 +31,10 @@ def doctor(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 16,
     directions: Annotated[int, typer.Option(min=2, help="Random directions tried; 30 forwards each.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the batches and the noise.")] = 0,
+    gradient: Annotated[
+        bool, typer.Option("--gradient", help="Backpropagate once, too: which rank captures how much of the gradient.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Save a plot of the errors over eps.")] = None,
     template: common.Template = None,
     words: common.Words = None,
     label: common.Label = None,
@@ -42,12 +48,15 @@ def doctor(
     """
     import time
 
-    from zoft.bench import diagnose
+    from zoft.bench import captured_energy
     from zoft.data import load_rows, sample
+    from zoft.report.plots import save_errors
     from zoft.train import TrainConfig, load_model, task_batches, task_closures
+    from zoft.train.diagnosis import diagnose
     from zoft.train.memory import peak_memory_bytes
     from zoft.train.optimizers import zero_order_of
 
+    common.require_plot(plot)
     config = TrainConfig.load(
         None,
         model=model,
@@ -81,8 +90,12 @@ def doctor(
         "seconds": round(2 * steps * seconds, 1),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    energy = captured_energy(network, closures[0], RANKS) if gradient else None
+    if plot is not None:
+        save_errors(plot, found.distances, found.errors, f"{method} on {description.title}")
     if as_json:
-        common.print_json({"model": model, "method": method, "steps": steps, **asdict(found), **forecast})
+        facts = {"model": model, "method": method, "steps": steps, **asdict(found), **forecast}
+        common.print_json(facts | ({"captured_energy": energy} if energy else {}))
         return
     from rich.table import Table
 
@@ -92,10 +105,13 @@ def doctor(
     console.print(table)
     for line in _advice(found, forecast, method, steps):
         console.print(line)
+    if energy is not None:
+        shares = ", ".join(f"{share:.0%} at rank {rank}" for rank, share in energy.items())
+        console.print(f"the activations' leading directions capture of the gradient's energy: {shares}")
 
 
 def _advice(found: Diagnosis, forecast: dict[str, Any], method: str, steps: int) -> list[str]:
-    from zoft.bench.doctor import ENDURING
+    from zoft.train.diagnosis import ENDURING
 
     error = min(found.errors["two-sided" if found.two_sided else "one-sided"])
     advice = [f"[bold]--eps {found.eps:.0e}[/]: there a difference is within {error:.0%} of the slope"]
@@ -103,7 +119,7 @@ def _advice(found: Diagnosis, forecast: dict[str, Any], method: str, steps: int)
         advice.append("the slope drowns at every eps: the loss is too coarse in this dtype, try --dtype float32")
     if found.agreement < 2 * ENDURING:
         advice.append("slopes of different batches hardly agree: larger batches, or more --directions to be sure of it")
-    if math.isfinite(found.lr):
+    if found.lr is not None:
         advice.append(
             f"[bold]--lr {found.lr:.0e}[/]: makes progress until batches share {ENDURING:.0%} of a squared slope "
             f"(now {found.agreement:.0%}); above {found.largest_lr:.0e} the first step does harm"

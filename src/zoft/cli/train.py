@@ -19,18 +19,19 @@ def train(
     ] = None,
     task: common.TaskName = None,
     data: common.Data = None,
-    method: Annotated[str | None, typer.Option(help="See *zoft methods*; or fo-sgd, fo-adamw, lora.")] = None,
+    method: Annotated[str | None, typer.Option(help="auto, one of *zoft methods*, or fo-sgd, fo-adamw, lora.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimizer.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: the method's.")] = None,
+    lr: Annotated[str | None, typer.Option(help="Learning rate, or auto: measure it. Default: the method's.")] = None,
     eps: Annotated[
-        float | None, typer.Option(help="Distance of a probe (the papers' mu). Default: the method's.")
+        str | None,
+        typer.Option(help="Distance of a probe (the papers' mu), or auto: measure it. Default: the method's."),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="An option of the method, such as -o rank=4. Repeatable.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples in a batch.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches in a step.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Learning rate: constant, linear, cosine, ...")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Of the learning rate: constant, linear, cosine, ...")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps over which the learning rate rises.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Decoupled weight decay.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the data's order and all noise.")] = None,

@@ -18,7 +18,7 @@ through fixed matrices; the logit lens (nostalgebraist 2020) reads the stream th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ from zoft.optim.capture import Tokens
 from zoft.optim.estimator import Estimate
 from zoft.optim.landscape import Landscape
 from zoft.optim.layers import LinearMap, input_of
-from zoft.optim.stream import Stream, find_stream
+from zoft.optim.stream import Stream, Writer, find_stream
 from zoft.optim.transpose import transposed_product
 
 
@@ -39,24 +39,43 @@ class Guided:
 
     `feed_forward` carries the error through the feed-forward parts, exactly, and gives their inner matrices factors
     too; without it only the matrices that write into the stream have them, and the stream counts as the identity.
-    The closure must return a `Loss`.
+    Then the error is the same for all of them, and with `two_pass` it is known before a second pass, in which each
+    factor is taken as its layer is called: nothing is kept per layer. The closure must return a `Loss`.
+
+    Raises:
+        ValueError: `two_pass` with `feed_forward`.
     """
 
     feed_forward: bool = True
+    two_pass: bool = False
     _stream: Stream | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.two_pass and self.feed_forward:
+            raise ValueError("two_pass keeps nothing to go through feed-forward parts with: set feed_forward=False")
 
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
         if self._stream is None:
             self._stream = find_stream(landscape.model, landscape.forward)
             landscape.forwards -= 1  # a look at the model, which a resumed run takes again: no part of the training
-        with _kept(landscape, self._stream) as kept:
+        stream = self._stream
+        landscape.reached = stream.reached(self.feed_forward)
+        writers = [] if self.two_pass else stream.writers
+        norms = {writer.norm.module for writer in writers if writer.norm}
+        readers = {writer.feed_forward.reader for writer in writers if writer.feed_forward and self.feed_forward}
+        with _kept(landscape, writers, {stream.norm.module} | norms | readers) as kept:
             loss = landscape.clean()
         if not math.isfinite(loss):
             return loss, [loss]
         if landscape.error is None:
             raise TypeError("the guided estimate needs the loss's slope: return a zoft.Loss (see zoft.cross_entropy)")
-        sweep = _Sweep(landscape, estimate, kept, self.feed_forward)
-        sweep.run(self._stream, landscape.error())
+        way = _WayBack(landscape, estimate, kept, self.feed_forward)
+        error = way.to_end(stream, landscape.error())
+        if self.two_pass:
+            with _taken(landscape, estimate, stream.writers, error):
+                landscape.forward()
+        else:
+            way.through(stream, error)
         landscape.used |= estimate.factors.keys()
         return loss, []
 
@@ -72,9 +91,20 @@ class _Kept:
     coordinates: dict[str, Tensor] = field(default_factory=dict)  # x A of each writer, by map name
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of norms and feed-forward parts
 
+    def take(self, writer: Writer, error: Tensor, estimate: Estimate) -> Tensor:
+        """Add the factor of `writer`, by the `error` at the stream; return the error at the writer's output."""
+        error = error * writer.gain
+        if writer.norm is not None:
+            error = writer.norm.pull(self.inputs.pop(writer.norm.module), error)
+        coordinates = self.coordinates.pop(writer.map.name, None)
+        if coordinates is not None:
+            estimate.add_factor(writer.map.name, error.t() @ coordinates)
+        return error
+
 
 @contextmanager
-def _kept(landscape: Landscape, stream: Stream) -> Iterator[_Kept]:
+def _kept(landscape: Landscape, writers: Sequence[Writer], modules: set[nn.Module]) -> Iterator[_Kept]:
+    """While open, a forward pass leaves behind the coordinates of `writers` and the inputs of `modules`."""
     kept = _Kept(Tokens())
 
     def see_writer(name: str) -> Callable[..., None]:
@@ -90,54 +120,66 @@ def _kept(landscape: Landscape, stream: Stream) -> Iterator[_Kept]:
         if x is not None:
             kept.inputs[module] = x
 
-    read = {stream.norm.module}
     with ExitStack() as handles:
         handles.callback(landscape.model.register_forward_pre_hook(kept.tokens.see, with_kwargs=True).remove)
-        for writer in (writer for block in stream.blocks for writer in block.writers):
+        for writer in writers:
             (module,) = writer.map.modules
             handles.callback(module.register_forward_hook(see_writer(writer.map.name), with_kwargs=True).remove)
-            read |= {writer.norm.module} if writer.norm else set()
-            read |= {writer.feed_forward.reader} if writer.feed_forward else set()
-        for module in read:
+        for module in modules:
             handles.callback(module.register_forward_pre_hook(see_input, with_kwargs=True).remove)
         yield kept
 
 
+@contextmanager
+def _taken(landscape: Landscape, estimate: Estimate, writers: Sequence[Writer], error: Tensor) -> Iterator[None]:
+    """While open, a forward pass adds each writer's factor once it is called, for the same `error` at all of them."""
+
+    def take(writer: Writer) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            kept.take(writer, error, estimate)
+
+        return see
+
+    with ExitStack() as handles:
+        kept = handles.enter_context(_kept(landscape, writers, {w.norm.module for w in writers if w.norm}))
+        for writer in writers:
+            (last,) = [writer.norm.module] if writer.norm else writer.map.modules
+            handles.callback(last.register_forward_hook(take(writer)).remove)
+        yield
+
+
 @dataclass
-class _Sweep:
-    """One way back from the logits to the first block, over the rows kept."""
+class _WayBack:
+    """From the logits to the first block, over the rows kept."""
 
     landscape: Landscape
     estimate: Estimate
     kept: _Kept
     feed_forward: bool
 
-    def run(self, stream: Stream, at_logits: Tensor) -> None:
+    def to_end(self, stream: Stream, at_logits: Tensor) -> Tensor:
+        """The error at the end of the stream, float32 [rows, d]."""
         rows = self.kept.tokens.read(at_logits)
         if rows is None:
             raise ValueError(f"the error at the logits has shape {tuple(at_logits.shape)}, which is not the logits'")
         at_norm = self.transposed(stream.head, rows.float() * stream.scale)
-        error = stream.norm.pull(self.kept.inputs[stream.norm.module], at_norm)
+        return stream.norm.pull(self.kept.inputs[stream.norm.module], at_norm)
+
+    def through(self, stream: Stream, error: Tensor) -> None:
+        """Add every factor, from the `error` at the end of the stream back to its beginning."""
         for block in reversed(stream.blocks):
             through = error
             for writer in reversed(block.writers):
-                at_output = (error if block.parallel else through) * writer.gain
-                if writer.norm is not None:
-                    at_output = writer.norm.pull(self.kept.inputs[writer.norm.module], at_output)
-                self._add(writer.map.name, at_output, self.kept.coordinates.get(writer.map.name))
+                at_output = self.kept.take(writer, error if block.parallel else through, self.estimate)
                 inner = writer.feed_forward
                 if inner is not None and self.feed_forward:
-                    h = self.kept.inputs[inner.reader]
-                    at_input, x, errors = inner.pull(h, at_output, self.transposed)
+                    at_input, x, errors = inner.pull(self.kept.inputs[inner.reader], at_output, self.transposed)
                     through = through + at_input
                     for name, inner_error in errors.items():
                         basis = self.landscape.basis(name)
-                        self._add(name, inner_error, None if basis is None else x.float() @ basis)
+                        if basis is not None:
+                            self.estimate.add_factor(name, inner_error.t() @ (x.float() @ basis))
             error = through
-
-    def _add(self, name: str, error: Tensor, coordinates: Tensor | None) -> None:
-        if coordinates is not None:
-            self.estimate.add_factor(name, error.t() @ coordinates)
 
     def transposed(self, layer: LinearMap, error: Tensor) -> Tensor:
         """``error W`` with the weight as it is in this pass, coefficients included."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +26,9 @@ class Landscape:
 
     `key` prefixes the noise of the directions drawn, numbered from `drawn` on; `confine` may restrict left factors to
     some of their columns. If `capture` is given, the bases are due for renewal: the next clean pass runs inside it, and
-    what it yields is handed to `renew`. `forwards` counts the passes, `used` collects the maps and dense parameters
-    that a perturbed pass has read. `losses` holds what the closure returned in the latest pass, float64 [batch] or [],
-    `error` its slope, if it returned a `Loss` that has one.
+    what it yields is handed to `renew`, or that part of it which is of the maps `reached`. `forwards` counts the
+    passes, `used` collects the maps and dense parameters that a perturbed pass has read. `losses` holds what the
+    closure returned in the latest pass, float64 [batch] or [], `error` its slope, if it returned a `Loss` that has one.
     """
 
     model: nn.Module
@@ -41,6 +41,7 @@ class Landscape:
     capture: Callable[[], AbstractContextManager[dict[str, Basis]]] | None
     renew: Callable[[dict[str, Tensor]], None]
     confine: Callable[[Tensor, Key], Tensor] | None = None
+    reached: Set[str] | None = None
     forwards: int = 0
     used: set[str] = field(default_factory=set)
     losses: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
@@ -63,6 +64,8 @@ class Landscape:
         with self.capture() as self._fresh:
             loss = self.forward()
         if math.isfinite(loss):
+            if self.reached is not None:
+                self._fresh = {name: basis for name, basis in self._fresh.items() if name in self.reached}
             self.renew({name: basis.vectors for name, basis in self._fresh.items()})
             self.capture = None
         return loss

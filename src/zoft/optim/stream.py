@@ -54,6 +54,17 @@ class Stream:
     norm: Norm
     blocks: list[Block]
 
+    @property
+    def writers(self) -> list[Writer]:
+        """Of all blocks."""
+        return [writer for block in self.blocks for writer in block.writers]
+
+    def reached(self, feed_forward: bool) -> set[str]:
+        """The names of the writers, and with `feed_forward` of the other maps in the parts that they end."""
+        inner = [w.feed_forward for w in self.writers if w.feed_forward and feed_forward]
+        maps = [w.map for w in self.writers] + [m for part in inner for m in (part.gate, part.up) if m is not None]
+        return {m.name for m in maps}
+
 
 @dataclass(frozen=True)
 class _Call:

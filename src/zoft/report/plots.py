@@ -147,6 +147,23 @@ def save_layers(path: str | Path, methods: dict[str, list[float]], ylabel: str) 
     _save(figure, path)
 
 
+def save_errors(path: str | Path, distances: list[float], errors: dict[str, list[float]], title: str = "") -> None:
+    """Save the plot of the finite differences' error, relative to the slope, over their distance eps: a line each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for sides, values in errors.items():
+        axes.loglog(distances, values, marker="o", markersize=3, linewidth=1.5, label=sides)
+    axes.set_xlabel("eps")
+    axes.set_ylabel("error / slope")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, loc="left")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def save_curves(path: str | Path, panels: dict[str, dict[str, list[Point]]]) -> None:
     """Save the plot of values against forwards and against seconds: a row of panels for each title, a line a method."""
     from matplotlib.figure import Figure

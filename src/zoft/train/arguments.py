@@ -16,7 +16,9 @@ def training_arguments(config: TrainConfig, task: Task, folder: str) -> Training
     Raises:
         UserError: this machine cannot do what they ask for.
     """
-    constant = "constant_with_warmup" if config.warmup_steps else "constant"
+    schedule = config.schedule or "constant"
+    if schedule == "constant" and config.warmup_steps:
+        schedule = "constant_with_warmup"
     try:
         args = TrainingArguments(
             output_dir=folder,
@@ -24,7 +26,7 @@ def training_arguments(config: TrainConfig, task: Task, folder: str) -> Training
             per_device_train_batch_size=config.batch_size,
             per_device_eval_batch_size=config.eval_batch_size,
             gradient_accumulation_steps=config.accumulate,
-            lr_scheduler_type=constant if config.schedule == "constant" else config.schedule,
+            lr_scheduler_type=schedule,
             warmup_steps=config.warmup_steps,
             max_grad_norm=0.0,  # gradients are neither computed nor, for the references, clipped
             eval_strategy="steps",

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
@@ -14,7 +14,7 @@ from zoft.data import Task, custom_task, load_task, parse_words
 from zoft.errors import UserError
 from zoft.train.files import free_folder, write_text
 from zoft.train.models import DTYPES, find_device
-from zoft.train.optimizers import FIRST_ORDER, method_options, require_method
+from zoft.train.optimizers import AUTO, FIRST_ORDER, method_options, require_method, usual_schedule
 from zoft.train.values import as_type, near_miss
 
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")
@@ -24,9 +24,10 @@ SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")
 class TrainConfig:
     """Everything that determines a run.
 
-    None for `lr` and `eps` means the method's own default; no `out`, a new folder of ``runs/`` named after task and
-    method. With `seconds`, training ends after so many seconds of its steps, if not after `steps` before, and
-    evaluates then; with `eval_seconds`, every so many seconds as well.
+    None for `lr`, `eps` and `schedule` means the method's own default; no `out`, a new folder of ``runs/`` named after
+    task and method. What is ``"auto"`` is settled once the model is there (`zoft.train.auto`). With `seconds`, training
+    ends after so many seconds of its steps, if not after `steps` before, and evaluates then; with `eval_seconds`, every
+    so many seconds as well.
     """
 
     model: str
@@ -37,11 +38,11 @@ class TrainConfig:
     label: str | None = None
     metric: str | None = None
 
-    method: str = "agzo"
-    lr: float | None = None
-    eps: float | None = None
+    method: str = AUTO
+    lr: Literal["auto"] | float | None = None
+    eps: Literal["auto"] | float | None = None
     method_options: dict[str, Any] = field(default_factory=dict)
-    schedule: str = "constant"
+    schedule: str | None = None
     warmup_steps: int = 0
     weight_decay: float = 0.0
 
@@ -67,11 +68,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_method(self.method)
-        self.method_options = method_options(self.method, self.method_options)
-        self.lr = self.method_options.pop("lr") if self.lr is None else self.lr
-        self.eps = self.method_options.pop("eps", None) if self.eps is None else self.eps
-        for unused in ("lr", "eps"):
-            self.method_options.pop(unused, None)
+        if self.method != AUTO:
+            self.method_options = method_options(self.method, self.method_options)
+            own = {name: self.method_options.pop(name, None) for name in ("lr", "eps")}
+            self.lr = own["lr"] if self.lr is None else self.lr
+            self.eps = own["eps"] if self.eps is None else self.eps
+            self.schedule = self.schedule or ("constant" if self.seconds else usual_schedule(self.method))
+        elif self.method_options:
+            raise UserError(f"method auto sets its options itself: leave {next(iter(self.method_options))} out")
         self.out = self.out or str(free_folder(Path("runs") / f"{self.task or 'own'}-{self.method}"))
         self._check()
 
@@ -140,17 +144,17 @@ class TrainConfig:
             raise UserError(f"seed must be below 2**32, not {self.seed}")
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}; {near_miss(self.dtype, DTYPES)}")
-        if self.schedule not in SCHEDULES:
+        if self.schedule not in (*SCHEDULES, None):
             raise UserError(f"unknown schedule {self.schedule!r}; {near_miss(self.schedule, SCHEDULES)}")
         for name in ("lr", "eps", "weight_decay"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            if not isinstance(value, str | None) and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} must be a number of at least 0, not {value}")
         for name in ("seconds", "eval_seconds"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UserError(f"{name} must be a number above 0, not {value}")
-        if self.seconds is not None and self.schedule != "constant":
+        if self.seconds is not None and self.schedule not in ("constant", None):
             raise UserError(f"a {self.schedule} schedule needs the number of steps, which seconds leaves open")
         if self.eps == 0:
             raise UserError("eps must be above 0: it is the distance at which the loss is probed")

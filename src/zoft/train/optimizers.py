@@ -24,11 +24,12 @@ FIRST_ORDER: dict[str, dict[str, Any]] = {
     "lora": {"lr": 1e-3, "rank": 8, "alpha": 16},
 }
 PATTERNS = ("include", "exclude", "linear")  # options that every zeroth-order method has
+AUTO = "auto"  # which of them it is follows from the model (zoft.train.auto)
 
 
 def method_names() -> list[str]:
     """Every name that ``--method`` takes."""
-    return [*METHODS, *FIRST_ORDER]
+    return [AUTO, *METHODS, *FIRST_ORDER]
 
 
 def require_method(name: str) -> None:
@@ -37,12 +38,19 @@ def require_method(name: str) -> None:
         raise UserError(f"unknown method {name!r}; {near_miss(name, method_names())}")
 
 
+def usual_schedule(name: str) -> str:
+    """The schedule of the learning rate that method `name` is meant with."""
+    return "linear" if name == "guided" else "constant"
+
+
 def method_options(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """All options of method `name` (lr and eps among them): `given` over its defaults.
 
     Raises:
-        UserError: the method has no such option, or it is of another type.
+        UserError: the method has no such option, or it is of another type; or it is `AUTO`.
     """
+    if name == AUTO:
+        raise UserError("method auto is settled when zoft train looks at the model: here, name the method")
     if name in FIRST_ORDER:
         defaults = FIRST_ORDER[name]
         hints: dict[str, Any] = {option: type(value) for option, value in defaults.items()}
@@ -75,8 +83,9 @@ def zero_order_of(config: TrainConfig, model: Any) -> ZeroOrder:
     """The zeroth-order optimizer of `config` for `model`.
 
     Raises:
-        UserError: its method is first-order, or refuses a value, or the model.
+        UserError: its method is first-order or `AUTO`, or refuses a value, or the model.
     """
+    method_options(config.method, {})
     if config.method in FIRST_ORDER:
         raise UserError(f"{config.method} is first-order: it draws no directions")
     options = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay, "seed": config.seed}

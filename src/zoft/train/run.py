@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from zoft.errors import UserError
 from zoft.optim import EstimateWarning, NoStream
 from zoft.report import write_report
 from zoft.train.arguments import training_arguments
+from zoft.train.auto import BATCHES, settle
+from zoft.train.batches import task_batches, task_closures
 from zoft.train.callbacks import Clock, LiveProgress, RunLog
 from zoft.train.config import TrainConfig
 from zoft.train.files import read_json, write_json
@@ -36,7 +39,8 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
 
     The metric is measured on the validation split before and after training. In between, rows held out of the
     training rows ("dev") choose the checkpoint to keep: ``best`` is that model's metric on the validation split,
-    ``final`` the last model's. The model kept is in ``model/``, or in ``adapter/`` if it is a PEFT adapter.
+    ``final`` the last model's. The model kept is in ``model/``, or in ``adapter/`` if it is a PEFT adapter. What
+    `config` leaves to zoft stands settled in ``config.yaml``, and what was measured for it in ``diagnosis.json``.
 
     Raises:
         UserError: anything the user can mend.
@@ -51,6 +55,10 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     encoder = Encoder(tokenizer, task, room(model, task, config.max_length))
     data = {split: TaskDataset(some, encoder) for split, some in rows.items()}
     set_seed(config.seed)
+    batches = task_batches(model, tokenizer, task, rows["train"][: BATCHES * config.batch_size], config.batch_size)
+    config, measured = settle(config, model, task_closures(model, batches))
+    if measured is not None and measured.lr is None:
+        console.print("the loss does not curve upwards here, so lr cannot be measured: the method's own is taken")
     model, optimizer = build(config, model)
     args = training_arguments(config, task, str(out))
     _require_space(config, model, out)
@@ -82,12 +90,17 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
 
     out.mkdir(parents=True, exist_ok=True)
     config.save(out / "config.yaml")
+    if measured is not None:
+        write_json(out / "diagnosis.json", asdict(measured))
     if checkpoint is None:
         log.path.unlink(missing_ok=True)
         write_json(out / "initial.json", validate())
         trainer.evaluate()
     initial = read_json(out / "initial.json")
     console.print(f"{task.title}: {task.metric} {initial['metrics'][task.metric]:.3f} before training")
+    console.print(
+        f"method {config.method}, lr {config.lr} ({config.schedule})", f", eps {config.eps}" * bool(config.eps), sep=""
+    )
 
     try:
         with warnings.catch_warnings():
@@ -115,6 +128,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         "seed": config.seed,
         "steps": steps,
         "forwards": spent,
+        "forwards_before": read_json(out / "diagnosis.json")["forwards"] if (out / "diagnosis.json").is_file() else 0,
         "examples_seen": steps * config.batch_size * config.accumulate,
         "metric": task.metric,
         "initial": initial["metrics"][task.metric],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args, get_origin
+from contextlib import suppress
+from typing import Any, Literal, Union, get_args, get_origin
 
 from zoft.errors import UserError
 
@@ -13,15 +14,19 @@ from zoft.errors import UserError
 def as_type(name: str, value: Any, hint: Any) -> Any:
     """`value`, if it is (or reads as) a `hint`: YAML reads 1e-4 as text, and one text stands for a list of one.
 
-    `hint` is a plain type, a ``Literal``, a sequence of str, or a union of one of them with None.
+    `hint` is a plain type, a ``Literal``, a sequence of str, or a union of them and None; of several types, the first
+    that fits.
 
     Raises:
         UserError: it does not; the message names the setting `name`.
     """
-    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and types.NoneType in kinds:
         return None
-    (kind,) = (k for k in kinds if k is not types.NoneType)
+    *others, kind = (k for k in kinds if k is not types.NoneType)
+    for other in others:
+        with suppress(UserError):
+            return as_type(name, value, other)
     origin = get_origin(kind) or kind
     if origin is Literal:
         if value in get_args(kind):

@@ -20,24 +20,28 @@ class Guided(ZeroOrder):
     at the positions that the loss reads, r at most their number, and A stays. Each step computes the coefficients'
     estimate from the error at the output (`zoft.optim.guided`) and hands it to Adam. Only matrices that the estimate
     reaches are trained. One forward a step (and a look at the model, once, to find the residual stream, which is not
-    counted). The closure must return a `zoft.optim.Loss`.
+    counted). The closure must return a `zoft.optim.Loss`. `lr` is meant to fall to 0 over the run; `zoft train` has it
+    fall linearly.
 
     With ``into="weights"`` the steps are written into the weights, and the basis may be renewed every
-    `renew_every` steps; ``feed_forward=False`` counts the stream as the identity (`zoft.optim.guided.Guided`).
+    `renew_every` steps; ``feed_forward=False`` counts the stream as the identity, and then ``two_pass=True`` takes two
+    forwards a step and keeps nothing for each layer (`zoft.optim.guided.Guided`).
 
     Raises:
+        ValueError: `two_pass` with `feed_forward`.
         NoStream: at the first estimate, if the model has no residual stream that ends in a norm and a linear head.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 3e-4,
+        lr: float = 1e-3,
         *,
         rank: int = 16,
         power_steps: int | None = None,
         renew_every: int | None = None,
         feed_forward: bool = True,
+        two_pass: bool = False,
         into: Literal["weights", "coefficients"] = "coefficients",
         exclude: tuple[str, ...] = HEADS,
         **options: Any,
@@ -46,7 +50,7 @@ class Guided(ZeroOrder):
             model,
             lr=lr,
             subspace=Activation(rank, power_steps, renew_every, read_only=True),
-            estimator=GuidedEstimator(feed_forward),
+            estimator=GuidedEstimator(feed_forward, two_pass),
             update=Adam(into=into),
             exclude=exclude,
             **options,

@@ -1,0 +1,97 @@
+"""What a run leaves to zoft: the method, lr and eps."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import OPTConfig, OPTForCausalLM
+
+import zoft.train.auto as zoft_auto
+from train.tiny import TOKENIZER
+from zoft.train import TrainConfig
+
+from .conftest import Outcome
+
+FEW = ("--steps", 4, "--eval-steps", 2, "--batch-size", 8, "--dtype", "float32", "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def post_norm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model whose blocks end in a norm, which breaks the residual stream."""
+    folder = tmp_path_factory.mktemp("models") / "post-norm"
+    config = OPTConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        do_layer_norm_before=False,
+        pad_token_id=TOKENIZER.pad_token_id,
+    )
+    OPTForCausalLM(config).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+def settled(out: Path) -> TrainConfig:
+    return TrainConfig(**yaml.safe_load((out / "config.yaml").read_text()))
+
+
+def test_a_residual_stream_is_guided(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = train()
+    assert outcome.code == 0, outcome.err
+    config = settled(tmp_path / "run")
+    assert (config.method, config.schedule, config.eps) == ("guided", "linear", None)
+    assert "method guided, lr" in outcome.out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["forwards"], summary["forwards_before"]) == (4, 0)
+
+
+@pytest.mark.parametrize("measured, expected", [(0.0123456, 0.012), (None, 1e-3)])
+def test_without_a_stream_probes_with_measured_steps(
+    measured: float | None,
+    expected: float,
+    zoft: Callable[..., Outcome],
+    post_norm: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """An lr that cannot be measured is the method's own."""
+    diagnose = zoft_auto.diagnose
+    monkeypatch.setattr(zoft_auto, "diagnose", lambda *a: replace(diagnose(*a, directions=2), lr=measured))
+    outcome = zoft("train", post_norm, "--task", "sst2", "--data", data, *FEW, "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    config = settled(tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
+    assert (config.method, config.schedule) == ("zo-act", "constant")
+    assert (config.lr, config.eps) == (expected, found["eps"])
+    assert ("does not curve upwards" in outcome.out) == (measured is None)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["forwards_before"] == found["forwards"] == 60
+
+
+def test_what_is_given_is_not_measured(
+    zoft: Callable[..., Outcome], post_norm: Path, data: Path, tmp_path: Path
+) -> None:
+    given = ("--lr", "2e-3", "--eps", "1e-2")
+    assert zoft("train", post_norm, "--task", "sst2", "--data", data, *FEW, *given, "--out", tmp_path / "run").code == 0
+    config = settled(tmp_path / "run")
+    assert (config.lr, config.eps) == (2e-3, 1e-2)
+    assert not (tmp_path / "run" / "diagnosis.json").exists()
+
+
+@pytest.mark.parametrize("method", ["agzo", "mezo"])
+def test_measured_lr_is_the_doctors(
+    method: str, train: Callable[..., Outcome], zoft: Callable[..., Outcome], model: Path, data: Path, tmp_path: Path
+) -> None:
+    """The doctor looks at batches of its own choice: the same but for their noise."""
+    assert train("--method", method, "--lr", "auto").code == 0
+    same = ("--batch-size", 8, "--dtype", "float32", "--device", "cpu")
+    found = zoft("doctor", model, "--task", "sst2", "--data", data, "--method", method, *same, "--json").json()
+    assert settled(tmp_path / "run").lr == pytest.approx(found["lr"], rel=1.0)
+    assert settled(tmp_path / "run").eps == TrainConfig(model="m", task="sst2", method=method).eps
