@@ -70,6 +70,36 @@ def test_bit_for_bit(
     assert seconds == sorted(seconds) and other["seconds"] >= seconds[-1] - 1e-3
 
 
+@pytest.mark.parametrize("stop", [13, 30])  # and resumed from step 8, before it went back, or 24, after that
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--method", "mezo", "--lr", "0.1", "--schedule", "linear"),
+        ("--method", "zo-act", "--lr", "1e19"),
+        ("--method", "fo-adamw", "--lr", "10", "--schedule", "cosine"),
+    ],
+)
+def test_run_that_went_back(
+    flags: tuple[str, ...],
+    stop: int,
+    train: Callable[..., Outcome],
+    zoft: Callable[..., Outcome],
+    interrupt: Callable[[int], None],
+    tmp_path: Path,
+) -> None:
+    """A resumed run goes back where the whole one did, or has done so already, and goes on at the reduced rate."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = (*flags, "--guard", "--eval-steps", "8", "--save-steps", "8")
+    assert train(*flags, out=whole, steps=48).code == 0
+    interrupt(stop)
+    assert train(*flags, out=resumed, steps=48).code != 0
+    assert zoft("train", "--resume", resumed).code == 0
+    assert_same(whole, resumed)
+    logs = [[json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, resumed)]
+    events, again = ([(line["step"], line["guard"]) for line in log if "guard" in line] for log in logs)
+    assert events == again != []
+
+
 def test_more_steps(train: Callable[..., Outcome], zoft: Callable[..., Outcome], tmp_path: Path) -> None:
     """With a fixed set of training rows, a run that is lengthened is the longer run."""
     flags = ("--method", "agzo", "--lr", "1e-3", "--save-steps", 2, "--train-examples", 20)

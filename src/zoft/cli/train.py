@@ -45,6 +45,9 @@ def train(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of an example; what is longer loses its passage's end.")
     ] = None,
+    guard: Annotated[
+        bool | None, typer.Option("--guard/--no-guard", help="If it diverges, go back, and on with a smaller lr.")
+    ] = None,
     template: common.Template = None,
     words: common.Words = None,
     label: common.Label = None,
@@ -84,6 +87,7 @@ def train(
         "eval_batch_size": eval_batch_size,
         "save_steps": save_steps,
         "max_length": max_length,
+        "guard": guard,
         "template": template,
         "words": words,
         "label": label,

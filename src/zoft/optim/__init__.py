@@ -4,7 +4,7 @@ from zoft.optim.estimator import Estimate, Probes
 from zoft.optim.layers import LinearMap, NoLinearLayers
 from zoft.optim.loss import Loss, cross_entropy
 from zoft.optim.methods import AGZO, AIMZO, LOZO, METHODS, Guided, MeZO, ZOAct
-from zoft.optim.optimizer import ZeroOrder
+from zoft.optim.optimizer import EstimateWarning, ZeroOrder
 from zoft.optim.stream import NoStream
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank
 from zoft.optim.update import SGD, Adam
@@ -18,6 +18,7 @@ __all__ = [
     "Activation",
     "Adam",
     "Estimate",
+    "EstimateWarning",
     "Full",
     "Guided",
     "LinearMap",

@@ -34,6 +34,10 @@ class Counters:
     zero: int = 0
 
 
+class EstimateWarning(UserWarning):
+    """An estimate was not used: the loss was not finite, or did not change."""
+
+
 class ZeroOrder(torch.optim.Optimizer):
     """Zeroth-order optimizer: a point on the three axes *subspace*, *estimator*, *update*.
 
@@ -175,10 +179,11 @@ class ZeroOrder(torch.optim.Optimizer):
         finite = [g for g in self.projected_gradients if math.isfinite(g)]
         if self.projected_gradients and not finite:
             self.counters.skipped += 1
-            self._warn("skipped", "the loss is not finite; the estimate was skipped. Try a smaller lr or eps")
+            message = "the loss is not finite; the estimate was skipped. Try a smaller lr or eps"
+            self._warn("skipped", message, EstimateWarning)
         elif finite and not any(finite):
             self.counters.zero += 1
-            self._warn("zero", "the loss did not change under the perturbation; try a larger eps")
+            self._warn("zero", "the loss did not change under the perturbation; try a larger eps", EstimateWarning)
         else:
             total.merge(found)
         return torch.tensor(self.loss)
@@ -305,10 +310,10 @@ class ZeroOrder(torch.optim.Optimizer):
         checkpoint.unpack(self, state_dict)
         self._estimate, self._drawn = None, 0
 
-    def _warn(self, kind: str, message: str) -> None:
+    def _warn(self, kind: str, message: str, category: type[Warning] = UserWarning) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(f"{message} (step {self.counters.steps}; said once, counted on)", stacklevel=4)
+            warnings.warn(f"{message} (step {self.counters.steps}; said once, counted on)", category, stacklevel=4)
 
 
 def _check(lr: float, eps: float, weight_decay: float, others: str, subspace: Subspace, update: Update) -> None:

@@ -63,6 +63,7 @@ class TrainConfig:
     eval_seconds: float | None = None
     save_steps: int | None = None
     log_steps: int = 10
+    guard: bool = False  # go back, and on with a smaller lr, if it diverges (`zoft.train.guard`)
     out: str = ""
 
     def __post_init__(self) -> None:

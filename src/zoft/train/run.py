@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 from zoft import __version__
 from zoft.data import Encoder, Row, Task, TaskDataset, hold_out, load_rows, sample
 from zoft.errors import UserError
-from zoft.optim import NoStream
+from zoft.optim import EstimateWarning, NoStream
 from zoft.report import write_report
 from zoft.train.arguments import training_arguments
 from zoft.train.auto import BATCHES, settle
@@ -21,10 +22,12 @@ from zoft.train.batches import task_batches, task_closures
 from zoft.train.callbacks import Clock, LiveProgress, RunLog
 from zoft.train.config import TrainConfig
 from zoft.train.files import read_json, write_json
+from zoft.train.guard import INITIAL
 from zoft.train.memory import peak_memory_bytes
 from zoft.train.models import load_model, room
 from zoft.train.optimizers import build
 from zoft.train.task_trainer import TaskTrainer
+from zoft.train.watch import Watch
 
 EXAMPLES_SHOWN = 6
 ADAPTER_METHODS = ("zo-act", "guided", "lora")  # what they save is small
@@ -78,6 +81,8 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         callbacks=[log, progress, Clock(log, config.seconds, config.eval_seconds)],
     )
 
+    trainer.add_callback(Watch(trainer, console, log, config.guard))
+
     def validate() -> dict[str, Any]:
         found = trainer.evaluate(data["validation"], metric_key_prefix="validation")
         metrics = {name: found[f"validation_{name}"] for name in (task.metric, *task.also)}
@@ -98,7 +103,9 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     )
 
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EstimateWarning)  # `Watch` says it, once it matters
+            trainer.train(resume_from_checkpoint=checkpoint)
     except NoStream as error:
         raise UserError(f"method {config.method}: {error}; agzo and zo-act need none") from error
     finally:
@@ -143,7 +150,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     write_json(out / "examples.json", _examples(task, data["validation"], initial["texts"], best["texts"]))
     write_report(out)
     if config.save_steps is None:
-        for folder in out.glob("checkpoint-*"):
+        for folder in (*out.glob("checkpoint-*"), *out.glob(INITIAL)):
             shutil.rmtree(folder)
     return summary
 
@@ -186,7 +193,8 @@ def _require_space(config: TrainConfig, model: Any, out: Path) -> None:
     if config.method in ADAPTER_METHODS:
         return
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    needed = size * (3 + (config.save_steps is not None))  # the best, the next best while it is written, the result
+    # The best, the next best while it is written, the result; the last; the initial one.
+    needed = size * (3 + (config.save_steps is not None) + config.guard)
     folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:

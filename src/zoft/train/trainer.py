@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ class ZOTrainer(Trainer):
     The model runs in eval mode while it is probed (dropout would only add noise to the loss differences). Methods
     that train coefficients beside frozen weights save a PEFT adapter instead of the weights. Under gradient
     accumulation the estimates of a step's batches are averaged, each from the mean loss of its own batch.
+    `batch_loss` is the mean loss of the latest batch.
     """
+
+    batch_loss: Tensor = torch.tensor(math.nan)
 
     @property
     def zero_order(self) -> ZeroOrder | None:
@@ -38,7 +42,9 @@ class ZOTrainer(Trainer):
     ) -> Tensor:
         optimizer = self.zero_order
         if optimizer is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.batch_loss = loss * self.current_gradient_accumulation_steps
+            return loss
         model.eval()
         inputs = self._prepare_inputs(inputs)
 
@@ -46,8 +52,8 @@ class ZOTrainer(Trainer):
             with self.compute_loss_context_manager():
                 return self.compute_loss(model, inputs)
 
-        loss = optimizer.estimate(closure).to(self.args.device)
-        return loss / self.current_gradient_accumulation_steps
+        self.batch_loss = optimizer.estimate(closure)
+        return self.batch_loss.to(self.args.device) / self.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         optimizer = self.zero_order
