@@ -98,7 +98,7 @@ def build(config: TrainConfig, model: Any) -> tuple[Any, torch.optim.Optimizer]:
     Raises:
         UserError: the method refuses a value, or the model.
     """
-    if config.method in METHODS:
+    if config.method not in FIRST_ORDER:
         return model, zero_order_of(config, model)
     options: dict[str, Any] = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay}
     try:
