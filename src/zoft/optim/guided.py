@@ -162,7 +162,7 @@ class _WayBack:
         rows = self.kept.tokens.read(at_logits)
         if rows is None:
             raise ValueError(f"the error at the logits has shape {tuple(at_logits.shape)}, which is not the logits'")
-        at_norm = self.transposed(stream.head, rows.float() * stream.scale)
+        at_norm = self.transposed(stream.head, rows.float()) * stream.scale
         return stream.norm.pull(self.kept.inputs[stream.norm.module], at_norm)
 
     def through(self, stream: Stream, error: Tensor) -> None:

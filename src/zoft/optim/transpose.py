@@ -5,6 +5,7 @@ No autograd: what is needed of a module is found by evaluating it, and checked a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -95,8 +96,9 @@ def transposed_product(layer: LinearMap, error: Tensor) -> Tensor:
     """``error W`` [n, d_in], float32, for `error` float32 [n, d_out]; computed in the weight's dtype."""
     assert layer.weight is not None
     weight = layer.weight.t() if layer.transposed else layer.weight
-    scale = error.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)  # float16 has no room for small numbers
-    return ((error / scale).to(weight.dtype) @ weight).float() * scale
+    largest = torch.linalg.vector_norm(error, math.inf).clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = torch.div(error, largest, out=torch.empty_like(error, dtype=weight.dtype))  # float16 has little range
+    return (scaled @ weight).float() * largest
 
 
 def slope_of(act: Callable[[Tensor], Tensor], z: Tensor, step: float = 1e-3) -> Tensor:
