@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,12 @@ from zoft.train.callbacks import LiveProgress, RunLog
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_nothing_is_cut(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoft.train.callbacks, "peak_memory_bytes", lambda: 3 * 2**29)
+    monkeypatch.setattr(zoft.train.callbacks, "peak_memory_bytes", lambda device: 3 * 2**29)
     console = Console(file=io.StringIO(), width=width)
     log = RunLog(tmp_path / "metrics.jsonl", forwards=lambda step: 2 * step)
     log.seconds = 1000.0
     progress, state = LiveProgress(console, "exact_match", log), TrainerState(max_steps=10000, global_step=1640)
-    moment: Any = (None, state, TrainerControl())
+    moment: Any = (SimpleNamespace(device=None), state, TrainerControl())
     progress.on_train_begin(*moment)
     progress.on_step_end(*moment)
     progress.on_log(*moment, logs={"eval_exact_match": 0.6821})

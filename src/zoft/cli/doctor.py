@@ -88,7 +88,7 @@ def doctor(
     forecast = {
         "seconds_per_forward": round(seconds, 4),
         "seconds": round(2 * steps * seconds, 1),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(network.device),
     }
     energy = captured_energy(network, closures[0], RANKS) if gradient else None
     if plot is not None:

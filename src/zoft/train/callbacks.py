@@ -116,7 +116,7 @@ class LiveProgress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         speed = state.global_step / self._log.seconds if self._log.seconds else 0.0
         self._progress.update(self._task, completed=state.global_step, speed=speed)
-        self._facts["memory"] = f"peak {peak_memory_bytes() / 2**30:.1f} GiB"
+        self._facts["memory"] = f"peak {peak_memory_bytes(args.device) / 2**30:.1f} GiB"
         self._facts["forwards"] = f"{self._log.forwards(state.global_step)} forwards"
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:

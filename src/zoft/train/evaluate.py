@@ -34,5 +34,5 @@ def evaluate(config: TrainConfig, shots: int = 0) -> dict[str, Any]:
         "examples": len(rows),
         "truncated": dataset.truncated,
         "seconds": found["eval_runtime"],
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(model.device),
     }

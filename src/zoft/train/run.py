@@ -139,7 +139,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         "best_dev": trainer.state.best_metric,
         "seconds": round(log.seconds, 3),
         "seconds_per_step": round(log.seconds / steps, 4),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
         "skipped": counters.skipped if counters else 0,
         "zero": counters.zero if counters else 0,
         "examples": {split: len(dataset) for split, dataset in data.items()},
