@@ -8,14 +8,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_a_pretrained_model_trains_on_the_bundled_sample(tmp_path: Path) -> None:
-    """AGZO on SmolLM2: losses stay those of a sane model, the summary is whole, the saved model evaluates the same."""
+
+@pytest.mark.parametrize("method, settled, forwards", [("agzo", "agzo", 24), ("auto", "guided", 12)])
+def test_a_pretrained_model_trains_on_the_bundled_sample(
+    method: str, settled: str, forwards: int, tmp_path: Path
+) -> None:
+    """SmolLM2: losses stay those of a sane model, the summary is whole, the saved model evaluates the same."""
     out, sample = tmp_path / "run", Path(__file__).parents[1] / "src/zoft/demo/squad"
     common = ["--task", "squad", "--data", str(sample), "--eval-examples", "8", "--json"]
-    flags = ["--lr", "3e-5", "--steps", "12", "--batch-size", "4", "--eval-steps", "12", "--dev-examples", "8"]
+    flags = [
+        "--method",
+        method,
+        "--lr",
+        "3e-5",
+        "--steps",
+        "12",
+        "--batch-size",
+        "4",
+        "--eval-steps",
+        "12",
+        "--dev-examples",
+        "8",
+    ]
     summary = zoft("train", "demo", *common, *flags, "--out", str(out))
-    assert (summary["method"], summary["forwards"], summary["skipped"], summary["zero"]) == ("agzo", 24, 0, 0)
+    assert (summary["method"], summary["forwards"], summary["skipped"], summary["zero"]) == (settled, forwards, 0, 0)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses and all(math.isfinite(loss) and loss < 6 for loss in losses)
