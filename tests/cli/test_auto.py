@@ -10,7 +10,7 @@ import yaml
 from transformers import OPTConfig, OPTForCausalLM
 
 import zoft.train.auto as zoft_auto
-from train.tiny import TOKENIZER
+from train.tiny import TOKENIZER, make_model
 from zoft.train import TrainConfig
 
 from .conftest import Outcome
@@ -95,3 +95,15 @@ def test_measured_lr_is_the_doctors(
     found = zoft("doctor", model, "--task", "sst2", "--data", data, "--method", method, *same, "--json").json()
     assert settled(tmp_path / "run").lr == pytest.approx(found["lr"], rel=1.0)
     assert settled(tmp_path / "run").eps == TrainConfig(model="m", task="sst2", method=method).eps
+
+
+def test_a_broken_model_ends_in_words(zoft: Callable[..., Outcome], data: Path, tmp_path: Path) -> None:
+    """Once a traceback: weights that are not finite."""
+    broken = make_model()
+    broken.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    TOKENIZER.save_pretrained(tmp_path / "broken")
+    many = ("--steps", 12, "--eval-steps", 12, "--batch-size", 2, "--dtype", "float32", "--device", "cpu")
+    outcome = zoft("train", tmp_path / "broken", "--task", "sst2", "--data", data, *many, "--out", tmp_path / "run")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert "no estimate so far had a finite loss" in outcome.err

@@ -44,7 +44,9 @@ def closure_of(model: nn.Module, batch: dict[str, Tensor], **options: int) -> Ca
 
 def stream_of(model: nn.Module) -> Stream:
     with torch.no_grad():
-        return find_stream(model, closure_of(model, token_batch()))
+        found = find_stream(model, closure_of(model, token_batch()))
+    assert found is not None
+    return found
 
 
 def names(stream: Stream) -> list[str]:
@@ -316,3 +318,18 @@ def test_a_loss_that_is_not_finite_is_skipped() -> None:
     with pytest.warns(UserWarning, match="not finite"):
         optimizer.step(lambda: Loss(closure().values * torch.nan, closure().error))
     assert optimizer.counters.skipped == 1 and not optimizer.coefficients
+
+
+def test_a_model_whose_output_is_not_finite_is_looked_at_again_later() -> None:
+    """Once a traceback: least squares of what is not finite."""
+    model = llama()
+    weight = model.model.layers[1].mlp.down_proj.weight
+    good = weight.detach().clone()
+    optimizer, closure = Guided(model, rank=4), closure_of(model, token_batch())
+    weight.data.fill_(torch.nan)
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step(closure)
+    assert optimizer.counters.skipped == 1 and not optimizer.coefficients
+    weight.data.copy_(good)
+    optimizer.step(closure)
+    assert optimizer.counters.skipped == 1 and optimizer.coefficients

@@ -59,6 +59,8 @@ class Guided:
             self._stream = find_stream(landscape.model, landscape.forward)
             landscape.forwards -= 1  # a look at the model, which a resumed run takes again: no part of the training
         stream = self._stream
+        if stream is None:
+            return float(landscape.losses.mean()), [math.nan]
         landscape.reached = stream.reached(self.feed_forward)
         writers = [] if self.two_pass else stream.writers
         norms = {writer.norm.module for writer in writers if writer.norm}

@@ -74,14 +74,18 @@ class _Call:
     y: Tensor  # rows [n, d_out]
 
 
-def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream:
+def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
     """The residual stream of `model`, by one call of `forward`, which runs it on some batch.
+
+    None if the output there is not finite, which shows nothing.
 
     Raises:
         NoStream: there is none, or the model's last steps are not a norm and a linear map.
     """
     with _recorded(model) as calls:
         forward()
+    if not bool(calls[-1].y.isfinite().all()):
+        return None
     inner = [call for call in calls if call.name]
     maps = {call.name: layer for call in inner if (layer := as_linear_map(call.name, call.module)) is not None}
     head = next((call for call in reversed(inner) if call.name in maps), None)

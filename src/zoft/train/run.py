@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from zoft import __version__
 from zoft.data import Encoder, Row, Task, TaskDataset, hold_out, load_rows, sample
 from zoft.errors import UserError
 from zoft.optim import EstimateWarning, NoStream
+from zoft.optim.landscape import Closure
 from zoft.report import write_report
 from zoft.train.arguments import training_arguments
 from zoft.train.auto import BATCHES, settle
@@ -55,8 +57,12 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     encoder = Encoder(tokenizer, task, room(model, task, config.max_length))
     data = {split: TaskDataset(some, encoder) for split, some in rows.items()}
     set_seed(config.seed)
-    batches = task_batches(model, tokenizer, task, rows["train"][: BATCHES * config.batch_size], config.batch_size)
-    config, measured = settle(config, model, task_closures(model, batches))
+
+    def look() -> Sequence[Closure]:
+        some = rows["train"][: BATCHES * config.batch_size]
+        return task_closures(model, task_batches(model, tokenizer, task, some, config.batch_size))
+
+    config, measured = settle(config, model, look)
     if measured is not None and measured.lr is None:
         console.print("the loss does not curve upwards here, so lr cannot be measured: the method's own is taken")
     model, optimizer = build(config, model)
