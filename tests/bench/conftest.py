@@ -83,8 +83,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     return played
 
 
-def go(results: Results, only: str = "*", data: Path | None = None) -> None:
-    run_suite(results, data, only, Console(quiet=True))
+def go(results: Results, *only: str, data: Path | None = None) -> None:
+    run_suite(results, data, only or ["*"], Console(quiet=True))
 
 
 def files(results: Results) -> set[str]:

@@ -40,7 +40,7 @@ def test_search_on_one_task_for_all(runs: Runs, results: Callable[..., Results])
     """The other tasks wait for it, and do the search themselves if they alone are wanted."""
     runs.dev = lambda settings: {3e-4: 0.8, 1e-3: 0.6}.get(settings["lr"], 0.5)
     found = results(tasks=["rte", "sst2"], search="sst2")
-    go(found, only="rte/agzo")
+    go(found, "rte/agzo")
     assert runs.rates == [(3e-5, 0), (1e-4, 0), (3e-4, 0), (1e-3, 0), (3e-4, 0), (3e-4, 1)]
     assert [settings["task"] for settings in runs.settings] == ["sst2"] * 4 + ["rte"] * 2
     go(found)
@@ -66,7 +66,7 @@ def test_what_is_kept(runs: Runs, results: Callable[..., Results], tmp_path: Pat
 
 
 def test_what_is_there_is_not_run_again(runs: Runs, results: Callable[..., Results]) -> None:
-    go(results(), only="*/agzo")
+    go(results(), "*/agzo")
     assert runs.rates == [(3e-5, 0), (1e-4, 0), (3e-4, 0), (1e-4, 1)]
     go(results(seeds=[0, 1, 2]))
     assert runs.rates[4:] == [(1e-4, 2)]
@@ -75,10 +75,16 @@ def test_what_is_there_is_not_run_again(runs: Runs, results: Callable[..., Resul
 
 def test_only(runs: Runs, results: Callable[..., Results]) -> None:
     found = results(tasks=["sst2", "rte"])
-    go(found, only="rte/z*")
+    go(found, "rte/z*")
     assert files(found) == {"rte/zero-shot/s0.json"}
     with pytest.raises(UserError, match="--only rte: the suite has no TASK/METHOD like it"):
-        go(found, only="rte")
+        go(found, "*/agzo", "rte")
+
+
+def test_first_seeds_come_first(runs: Runs, results: Callable[..., Results]) -> None:
+    found = results(tasks=["sst2", "rte", "cb"], methods={"agzo": {"lr": 1e-4, "search": False}}, seeds=[2, 1])
+    go(found, "sst2/agzo", "rte/agzo")
+    assert [(s["task"], s["seed"]) for s in runs.settings] == [("sst2", 2), ("rte", 2), ("sst2", 1), ("rte", 1)]
 
 
 def test_other_settings_are_an_error(runs: Runs, results: Callable[..., Results]) -> None:
@@ -207,11 +213,11 @@ def test_waits_for_a_run_of_another_process(
 
 def test_time_left(runs: Runs, results: Callable[..., Results]) -> None:
     """Each run of agzo took 10 s, so the seed to come takes 10 s; of mezo nothing is known but the mean of all."""
-    go(results(seeds=0), only="*/agzo")
+    go(results(seeds=0), "*/agzo")
     for file in results().out.rglob("lr*.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"elapsed": 10.0}))
     found = results(methods=SUITE["methods"] | {"mezo": {}}, seeds=[0, 1])
-    go(found, only="*/zero-shot")
+    go(found, "*/zero-shot")
     file = found.out / "sst2/zero-shot/s0.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"elapsed": 2.0}))
     found = results(methods=SUITE["methods"] | {"mezo": {}}, seeds=[0, 1])

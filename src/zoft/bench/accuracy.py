@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -128,20 +128,25 @@ class Results:
         return None if record is None else record.get("best")
 
 
-def run_suite(results: Results, data: Path | None, only: str, console: Console) -> None:
-    """Make every run of the suite that is missing and whose ``TASK/METHOD`` matches the shell pattern `only`.
+def run_suite(results: Results, data: Path | None, only: Sequence[str], console: Console) -> None:
+    """Make every run of the suite that is missing and whose ``TASK/METHOD`` matches a shell pattern in `only`.
+
+    First seeds come first, so that every row has one figure before any has three.
 
     data: the folder that holds a folder of rows for each task; None for what the suite says, or the hub's data.
 
     Raises:
-        UserError: nothing matches, or a run refuses its settings or its data.
+        UserError: a pattern matches nothing, or a run refuses its settings or its data.
     """
     waiting = False
     while True:
-        places = {place: s for place, s in results.all().items() if fnmatchcase("/".join(place), only)}
-        if not places:
-            raise UserError(f"--only {only}: the suite has no TASK/METHOD like it")
+        standings = results.all()
+        for pattern in only:
+            if not any(fnmatchcase("/".join(place), pattern) for place in standings):
+                raise UserError(f"--only {pattern}: the suite has no TASK/METHOD like it")
+        places = {place: s for place, s in standings.items() if any(fnmatchcase("/".join(place), p) for p in only)}
         ready = [cell for standing in places.values() for cell in standing.ready]
+        ready.sort(key=lambda cell: results.suite.tasks[cell.task].seeds.index(cell.seed))
         if not ready:
             return
         for cell in ready:

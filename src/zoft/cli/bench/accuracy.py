@@ -21,7 +21,10 @@ def accuracy(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results. Default: results/NAME beside SUITE, as NAME.yaml.")
     ] = None,
-    only: Annotated[str, typer.Option(help="Run only what matches, as TASK/METHOD: `sst2/*`, or `*/agzo`.")] = "*",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Run only what matches, as TASK/METHOD: `sst2/*`, or `*/agzo`. Give it again for more."),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder that holds, for each task, a folder of its rows. Default: the hub.")
     ] = None,
@@ -48,7 +51,7 @@ def accuracy(
     if not report_only:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the run under way, too
         try:
-            run_suite(results, data, only, console)
+            run_suite(results, data, only or ["*"], console)
         except KeyboardInterrupt:
             print("zoft: interrupted; the same command goes on from here", file=sys.stderr)
             raise
