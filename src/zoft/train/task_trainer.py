@@ -158,7 +158,11 @@ class TaskTrainer(ZOTrainer):
         return super().evaluate(dataset, ignore_keys, metric_key_prefix)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether to save now."""
+        """Whether to save now. Of equal metrics the one with the lower loss is best."""
+        metric, loss = metrics[self.args.metric_for_best_model], metrics.get("eval_loss", math.inf)
+        kept = (line for line in self.state.log_history if line["step"] == self.state.best_global_step)
+        if metric == self.state.best_metric and any(loss < line.get("eval_loss", -math.inf) for line in kept):
+            self.state.best_metric = None
         best = super()._determine_best_metric(metrics, trial)
         step = self.state.global_step
         due = self.save_steps is not None and (step % self.save_steps == 0 or step >= self.state.max_steps)

@@ -37,7 +37,7 @@ class Guided(ZeroOrder):
         model: nn.Module,
         lr: float = 1e-3,
         *,
-        rank: int = 16,
+        rank: int = 8,
         power_steps: int | None = None,
         renew_every: int | None = None,
         feed_forward: bool = True,
