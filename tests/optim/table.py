@@ -21,6 +21,7 @@ METHODS: dict[str, Callable[..., ZeroOrder]] = {
     "AGZO two-sided": partial(AGZO, two_sided=True),
     "AGZO rank 4": partial(AGZO, rank=4),
     "AGZO gaussian": partial(AGZO, others="gaussian"),
+    "AGZO clipped": partial(AGZO, others="gaussian", clip=1.5),
     "AIM-ZO": partial(AIMZO, rank=8, active=3, shared=1),
     "ZO-Act": ZOAct,
     "ZO-Act SGD": partial(ZOAct, adam=False),

@@ -87,6 +87,8 @@ def test_a_loss_that_does_not_change_is_counted_and_nothing_is_written(method: s
         ({"renew_every": 0}, "renew_every .* 0"),
         ({"power_steps": -1}, "power_steps .* -1"),
         ({"probes": 0}, "probes .* 0"),
+        ({"clip": 0.0}, "clip .* 0"),
+        ({"clip": math.nan}, "clip .* nan"),
         ({"others": "gausian"}, "others .* 'gausian'"),
     ],
     ids=str,

@@ -122,6 +122,7 @@ FORWARDS = {
     "AGZO two-sided": [3, 3],
     "AGZO rank 4": [2, 2],
     "AGZO gaussian": [2, 2],
+    "AGZO clipped": [2, 2],
     "ZO-Act": [2, 2],
     "ZO-Act SGD": [2, 2],
     "hybrid": [3, 2],

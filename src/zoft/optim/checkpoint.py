@@ -25,6 +25,7 @@ def pack(optimizer: ZeroOrder) -> dict[str, Any]:
         "active": [m.name for m in optimizer.branches.active],
         "renewed_at": optimizer.renewed_at,
         "counters": asdict(optimizer.counters),
+        "usual_square": optimizer.pace.square,
         "seed": optimizer.seed,
         "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
     }
@@ -52,6 +53,7 @@ def unpack(optimizer: ZeroOrder, packed: dict[str, Any]) -> None:
     optimizer.branches.active = [m for m in optimizer.maps if m.name in packed["active"]]
     optimizer.renewed_at, optimizer.seed = packed["renewed_at"], packed["seed"]
     optimizer.counters = type(optimizer.counters)(**packed["counters"])
+    optimizer.pace.square = packed["usual_square"]
     for group, saved in zip(optimizer.param_groups, packed["param_groups"], strict=True):
         group.update(saved)
 

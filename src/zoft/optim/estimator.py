@@ -51,11 +51,11 @@ class Estimate:
                 self.add_factor(name, torch.einsum("b,bor->or", weights, factor))
         self.dense.append((direction.key, mean))
 
-    def merge(self, other: Estimate) -> None:
-        """Add `other` as one more estimate."""
+    def merge(self, other: Estimate, scale: float = 1.0) -> None:
+        """Add `other`, times `scale`, as one more estimate."""
         for name, factor in other.factors.items():
-            self.add_factor(name, factor)
-        self.dense.extend(other.dense)
+            self.add_factor(name, factor if scale == 1 else factor * scale)
+        self.dense.extend((key, c * scale) for key, c in other.dense)
         self.count += 1
 
     def add_factor(self, name: str, factor: Tensor) -> None:

@@ -18,6 +18,7 @@ from zoft.optim.capture import Basis, captured
 from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
+from zoft.optim.pace import Pace
 from zoft.optim.probe import SideBranches
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank, Subspace, change_of_basis
 from zoft.optim.update import SGD, State, Update
@@ -60,6 +61,7 @@ class ZeroOrder(torch.optim.Optimizer):
         others: ``"frozen"``, or ``"gaussian"`` to perturb with dense noise whatever has no basis (norms, biases,
             embeddings), as AGZO's paper does. `Full` perturbs every parameter anyway.
         weight_decay: decoupled, on written weights (and on coefficients, where those are trained).
+        clip, normalise: bound or even out the size of estimates from probes (`zoft.optim.pace.Pace`).
         seed: names all noise; runs with equal seeds draw equal directions.
         include, exclude: shell-style patterns on module or parameter names.
         linear: patterns that name further modules to be treated as linear maps.
@@ -80,14 +82,18 @@ class ZeroOrder(torch.optim.Optimizer):
         update: Update | None = None,
         others: Literal["frozen", "gaussian"] = "frozen",
         weight_decay: float = 0.0,
+        clip: float | None = None,
+        normalise: bool = False,
         seed: int = 0,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         linear: Sequence[str] = (),
     ) -> None:
         self.subspace, self.estimator, self.update = subspace, estimator or Probes(), update or SGD()
-        self.model, self.others, self.seed = model, others, seed
+        self.model, self.others, self.seed, self.pace = model, others, seed, Pace(clip, normalise)
         _check(lr, eps, weight_decay, others, subspace, self.update)
+        if (clip is not None or normalise) and not isinstance(self.estimator, Probes):
+            raise ValueError("clip and normalise go by projected gradients, which only probes have")
 
         self.maps: list[LinearMap] = []
         self.dense: dict[str, nn.Parameter] = {}
@@ -185,7 +191,7 @@ class ZeroOrder(torch.optim.Optimizer):
             self.counters.zero += 1
             self._warn("zero", "the loss did not change under the perturbation; try a larger eps", EstimateWarning)
         else:
-            total.merge(found)
+            total.merge(found, self.pace(finite) if finite else 1.0)
         return torch.tensor(self.loss)
 
     @torch.no_grad()

@@ -23,7 +23,9 @@ FIRST_ORDER: dict[str, dict[str, Any]] = {
     "fo-adamw": {"lr": 1e-5, "include": ()},
     "lora": {"lr": 1e-3, "rank": 8, "alpha": 16},
 }
-PATTERNS = ("include", "exclude", "linear")  # options that every zeroth-order method has
+PATTERNS = ("include", "exclude", "linear")
+COMMON = dict.fromkeys(PATTERNS, ()) | {"clip": None, "normalise": False}  # what every zeroth-order method takes
+COMMON_HINTS = dict.fromkeys(PATTERNS, Sequence[str]) | {"clip": float | None, "normalise": bool}
 AUTO = "auto"  # which of them it is follows from the model (zoft.train.auto)
 
 
@@ -58,9 +60,9 @@ def method_options(name: str, given: dict[str, Any]) -> dict[str, Any]:
         method = METHODS[name]
         parameters = inspect.signature(method).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-        defaults = dict.fromkeys(PATTERNS, ()) | defaults
+        defaults = COMMON | defaults
         preset: Any = getattr(method, "func", method)  # of a partial
-        hints = dict.fromkeys(PATTERNS, Sequence[str]) | get_type_hints(preset.__init__)
+        hints = COMMON_HINTS | get_type_hints(preset.__init__)
     for option in given:
         if option not in defaults:
             raise UserError(f"method {name} has no option {option!r}; {near_miss(option, defaults)}")

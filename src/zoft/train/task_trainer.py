@@ -159,7 +159,7 @@ class TaskTrainer(ZOTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether to save now. Of equal metrics the one with the lower loss is best."""
-        metric, loss = metrics[self.args.metric_for_best_model], metrics.get("eval_loss", math.inf)
+        metric, loss = metrics[str(self.args.metric_for_best_model)], metrics.get("eval_loss", math.inf)
         kept = (line for line in self.state.log_history if line["step"] == self.state.best_global_step)
         if metric == self.state.best_metric and any(loss < line.get("eval_loss", -math.inf) for line in kept):
             self.state.best_metric = None
