@@ -72,5 +72,5 @@ def test_a_spike_moves_no_further_than_the_clip() -> None:
 
 
 def test_what_has_no_probes_has_no_pace() -> None:
-    with pytest.raises(ValueError, match="clip and normalise"):
+    with pytest.raises(ValueError, match="clip, normalise and probe_batching"):
         Guided(llama(), clip=2.0)

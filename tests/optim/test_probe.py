@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from zoft.optim import LOZO, MeZO, ZeroOrder
 from zoft.optim.layers import find_linear_maps, other_parameters
 from zoft.optim.noise import normal
-from zoft.optim.probe import Direction, SideBranches, draw, lent, shifted
+from zoft.optim.probe import Direction, SideBranches, lent, shifted
 
 from .models import ARCHITECTURES, VOCABULARY, changed, snapshot, token_batch
 
@@ -73,7 +73,10 @@ def low_rank_direction(model: nn.Module, rank: int = 2) -> tuple[SideBranches, D
     maps = find_linear_maps(model, embeddings=True)
     branches = SideBranches(maps)
     branches.bases = {m.name: normal((1, m.name), (m.d_in, rank)) for m in maps}
-    return branches, draw((2,), maps, branches.bases)
+    direction = Direction((2,))
+    for m in maps:
+        direction.left(m, branches.bases[m.name])
+    return branches, direction
 
 
 def move_weights(branches: SideBranches, direction: Direction, scale: float) -> None:

@@ -29,6 +29,7 @@ from zoft.train.config import TrainConfig
 from zoft.train.optimizers import build
 
 PUBLISHED = "mezo-published"
+BATCHING = "+batching"  # after a method's name: all points of a step in one forward
 FORWARDS, BACKWARD, UPDATE, WHOLE = "forwards", "backward", "update", "whole"  # parts of a step
 PLAIN = "two plain forwards"
 
@@ -76,7 +77,10 @@ def training_step(method: str, model: Any, batch: Batch, settings: Mapping[str, 
     """
     if method == PUBLISHED:
         return _published_step(PublishedMeZO(model), model, batch)
-    config = TrainConfig(**settings, method=method)
+    name, options = method.removesuffix(BATCHING), {}
+    if name != method:
+        options["probe_batching"] = True
+    config = TrainConfig(**settings, method=name, method_options=options)
     network, optimizer = build(config, model)
     (closure,) = task_closures(network, [batch])
     if isinstance(optimizer, ZeroOrder):

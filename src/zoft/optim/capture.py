@@ -155,17 +155,27 @@ def captured(
     maps: Sequence[LinearMap],
     extract: Callable[[LinearMap, Tensor], Basis],
     read_only: bool = False,
+    copies: int = 1,
 ) -> Iterator[dict[str, Basis]]:
     """While open, a forward of `model` fills the yielded dictionary with the basis of each map that was used.
 
     `extract` gets a map and its input rows [T, d_in], with `read_only` those that the loss reads; maps called with the
-    same tensor share one result, and
-    several calls of one map are merged.
+    same tensor share one result, and several calls of one map are merged. With `copies`, the model runs on that many
+    copies of the batch (`zoft.optim.copies.repeated`, opened later than this), and the first counts.
+
+    Raises:
+        ValueError: copies cannot be told apart in a map's input, or a map is called twice on them.
     """
     bases: dict[str, Basis] = {}
     tokens, last = Tokens(), OfLastInput[Basis]()
 
-    def rows(x: Tensor) -> Tensor:
+    def rows(layer: LinearMap, x: Tensor) -> Tensor:
+        if copies > 1:
+            x = x[: len(x) // copies]
+            if tokens.by_example(x) is None:
+                raise ValueError(
+                    f"copies of a batch cannot be told apart in layer {layer.name!r}: run the probes apart"
+                )
         read = tokens.read(x) if read_only else None
         return tokens.rows(x) if read is None else read
 
@@ -173,8 +183,10 @@ def captured(
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = input_of(args, kwargs)
             if x.numel():  # an expert may be called with no token at all
-                basis = last.get(x, lambda: extract(layer, rows(x)))
+                basis = last.get(x, lambda: extract(layer, rows(layer, x)))
                 seen = bases.get(layer.name)
+                if seen is not None and copies > 1:
+                    raise ValueError(f"layer {layer.name!r} is called twice, with one basis each: run the probes apart")
                 bases[layer.name] = basis if seen is None else merge(seen, basis)
 
         return see

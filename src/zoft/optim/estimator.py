@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zoft.optim.landscape import Landscape
+from zoft.optim.landscape import CENTRE, Landscape
 from zoft.optim.noise import Key
 from zoft.optim.probe import Direction
 
@@ -102,28 +102,24 @@ class Probes:
             raise ValueError("leave-one-out compares one-sided probes with one another: it takes two or more of them")
 
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
-        centre = None
-        if landscape.needs_clean or self.per_example or not (self.two_sided or self.leave_one_out):
-            landscape.clean()
-            centre = landscape.losses
-        directions, ahead, behind = [], [], []
-        for _ in range(self.count):
-            directions.append(landscape.draw(self.per_example))
-            landscape.at(directions[-1], landscape.eps)
-            ahead.append(landscape.losses)
-            if self.two_sided:
-                landscape.at(directions[-1], -landscape.eps)
-                behind.append(landscape.losses)
-        gradients = self._differences(torch.stack(ahead), behind, centre) / landscape.eps
+        signs = (1, -1) if self.two_sided else (1,)
+        wanted = landscape.needs_clean or self.per_example or not (self.two_sided or self.leave_one_out)
+        first = landscape.evaluate([CENTRE]) if self.per_example else []  # shows how many examples there are
+        directions = [landscape.draw(self.per_example) for _ in range(self.count)]
+        points = [(direction, sign * landscape.eps) for direction in directions for sign in signs]
+        losses = torch.stack(first + landscape.evaluate([CENTRE, *points] if wanted and not first else points))
+        centre, moved = (losses[0], losses[1:]) if wanted else (None, losses)
+        gradients = self._differences(moved.unflatten(0, (-1, len(signs))), centre) / landscape.eps
         for direction, gradient in zip(directions, gradients, strict=True):
             if math.isfinite(gradient.mean()):
                 estimate.add(direction, gradient / self.count, self.scale, landscape.branches.shared)
-        loss = centre if centre is not None else torch.stack(ahead + behind)
-        return float(loss.mean()), [float(gradient.mean()) for gradient in gradients]
+        return float((moved if centre is None else centre).mean()), [float(gradient.mean()) for gradient in gradients]
 
-    def _differences(self, ahead: Tensor, behind: list[Tensor], centre: Tensor | None) -> Tensor:
+    def _differences(self, moved: Tensor, centre: Tensor | None) -> Tensor:
+        """eps g of each direction, from the losses on its one side or two, `moved` [directions, sides, ...]."""
+        ahead = moved[:, 0]
         if self.two_sided:
-            return (ahead - torch.stack(behind)) / 2
+            return (ahead - moved[:, 1]) / 2
         if self.leave_one_out:
             return (ahead - ahead.mean(0)) * (self.count / (self.count - 1))
         assert centre is not None

@@ -78,7 +78,6 @@ class Guided:
                 landscape.forward()
         else:
             way.through(stream, error)
-        landscape.used |= estimate.factors.keys()
         return loss, []
 
     def __str__(self) -> str:
@@ -111,7 +110,7 @@ def _kept(landscape: Landscape, writers: Sequence[Writer], modules: set[nn.Modul
 
     def see_writer(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            basis, x = landscape.basis(name), kept.tokens.read(input_of(args, kwargs))
+            basis, x = landscape.branches.basis(name), kept.tokens.read(input_of(args, kwargs))
             if basis is not None and x is not None:
                 kept.coordinates[name] = x.float() @ basis
 
@@ -178,7 +177,7 @@ class _WayBack:
                     at_input, x, errors = inner.pull(self.kept.inputs[inner.reader], at_output, self.transposed)
                     through = through + at_input
                     for name, inner_error in errors.items():
-                        basis = self.landscape.basis(name)
+                        basis = self.landscape.branches.basis(name)
                         if basis is not None:
                             self.estimate.add_factor(name, inner_error.t() @ (x.float() @ basis))
             error = through
@@ -186,5 +185,5 @@ class _WayBack:
     def transposed(self, layer: LinearMap, error: Tensor) -> Tensor:
         """``error W`` with the weight as it is in this pass, coefficients included."""
         product = transposed_product(layer, error)
-        coefficients, basis = self.landscape.branches.factors.get(layer.name), self.landscape.basis(layer.name)
+        coefficients, basis = self.landscape.branches.factors.get(layer.name), self.landscape.branches.basis(layer.name)
         return product if coefficients is None or basis is None else product + error @ coefficients @ basis.t()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim.capture import Basis
-from zoft.optim.layers import device_of
+from zoft.optim.copies import repeated
+from zoft.optim.layers import LinearMap, device_of
 from zoft.optim.loss import Loss
 from zoft.optim.noise import Key
-from zoft.optim.probe import Direction, SideBranches, draw, lent
+from zoft.optim.probe import Direction, Factors, SideBranches, lent
 
 Closure = Callable[[], Tensor | Loss | float]
+Point = tuple[Direction | None, float]  # how far along a direction
+CENTRE: Point = (None, 0.0)
 
 
 @dataclass
@@ -25,10 +28,13 @@ class Landscape:
     """The closure's loss around the current weights. Every evaluation is one forward pass of `model`.
 
     `key` prefixes the noise of the directions drawn, numbered from `drawn` on; `confine` may restrict left factors to
-    some of their columns. If `capture` is given, the bases are due for renewal: the next clean pass runs inside it, and
-    what it yields is handed to `renew`, or that part of it which is of the maps `reached`. `forwards` counts the
-    passes, `used` collects the maps and dense parameters that a perturbed pass has read. `losses` holds what the
-    closure returned in the latest pass, float64 [batch] or [], `error` its slope, if it returned a `Loss` that has one.
+    some of their columns. If `capture` is given, the bases are due for renewal: the next pass at the centre runs inside
+    it, and what it yields is handed to `renew`, or that part of it which is of the maps `reached`. With `batching`, the
+    points asked for together are evaluated in one pass, on as many copies of the batch; `capture` gets their number.
+
+    `forwards` counts the passes, a copy as one, `used` collects the dense parameters that a perturbed pass has read.
+    `losses` holds what the closure returned last, float64 [batch] or [], `error` its slope, if it returned a `Loss`
+    that has one.
     """
 
     model: nn.Module
@@ -38,16 +44,16 @@ class Landscape:
     dense: dict[str, nn.Parameter]
     key: Key
     drawn: int
-    capture: Callable[[], AbstractContextManager[dict[str, Basis]]] | None
+    capture: Callable[[int], AbstractContextManager[dict[str, Basis]]] | None
     renew: Callable[[dict[str, Tensor]], None]
     confine: Callable[[Tensor, Key], Tensor] | None = None
+    batching: bool = False
     reached: Set[str] | None = None
     forwards: int = 0
     used: set[str] = field(default_factory=set)
     losses: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
     error: Callable[[], Tensor] | None = None
-    _examples: Tensor | None = None
-    _fresh: dict[str, Basis] = field(default_factory=dict)
+    examples: Tensor | None = None  # of each sequence of the model's batch, where they are not the same
 
     def __post_init__(self) -> None:
         self._randomness = _Randomness(device_of(self.model))
@@ -56,24 +62,6 @@ class Landscape:
     def needs_clean(self) -> bool:
         """Whether bases are due for renewal from the activations of a clean pass."""
         return self.capture is not None
-
-    def clean(self) -> float:
-        """The loss at the centre. Renews the bases if they are due (and the loss is finite)."""
-        if self.capture is None:
-            return self.forward()
-        with self.capture() as self._fresh:
-            loss = self.forward()
-        if math.isfinite(loss):
-            if self.reached is not None:
-                self._fresh = {name: basis for name, basis in self._fresh.items() if name in self.reached}
-            self.renew({name: basis.vectors for name, basis in self._fresh.items()})
-            self.capture = None
-        return loss
-
-    def basis(self, name: str) -> Tensor | None:
-        """The basis of map `name`: as soon as the map has been called, that of the clean pass which renews it."""
-        fresh = self._fresh.get(name)
-        return fresh.vectors if fresh is not None else self.branches.bases.get(name)
 
     def draw(self, per_example: bool = False) -> Direction:
         """A fresh random direction, or one for each example of the latest pass.
@@ -84,48 +72,98 @@ class Landscape:
         if per_example and self.losses.dim() == 0:
             raise ValueError("per-example probes need one loss per example from the closure, not their mean")
         self.drawn += 1
-        examples = len(self.losses) if per_example else None
-        direction = draw((*self.key, self.drawn - 1), self.branches.active, self.branches.bases, examples)
-        if self.confine is not None:
-            for name, factor in direction.factors.items():
-                direction.factors[name] = self.confine(factor, (*direction.key, name))
-        return direction
+        return Direction((*self.key, self.drawn - 1), len(self.losses) if per_example else None, self.confine)
 
-    def at(self, direction: Direction, distance: float) -> float:
-        """The loss at ``distance * direction`` from the centre."""
-        branches, centre = self.branches, self.branches.factors
-        moved = {name: self._by_sequence(factor) * distance for name, factor in direction.factors.items()}
-        moved = {name: centre[name] + factor if name in centre else factor for name, factor in moved.items()}
+    def clean(self) -> float:
+        """The mean loss at the centre. Renews the bases if they are due (and the loss is finite)."""
+        return float(self.evaluate([CENTRE])[0].mean())
+
+    def evaluate(self, points: Sequence[Point]) -> list[Tensor]:
+        """The losses at each of `points`, as `losses` has them; the centre, which renews due bases, comes first.
+
+        Raises:
+            ValueError: with `batching`, the points cannot share a pass.
+        """
+        passes = [points] if self.batching else [[point] for point in points]
+        return [losses for together in passes for losses in self._pass(together)]
+
+    def _pass(self, points: Sequence[Point]) -> list[Tensor]:
+        (direction, distance), copies, capture = points[0], len(points), None
+        fresh: dict[str, Basis] = {}
+        used: set[str] = set()
         with ExitStack() as stack:
-            stack.callback(setattr, branches, "factors", centre)
-            branches.factors = centre | moved
-            stack.enter_context(branches.attached())
-            used = stack.enter_context(lent(self.model, self.dense, distance, direction.key))
-            if any(factor.dim() == 3 for factor in moved.values()):
-                stack.callback(self.model.register_forward_pre_hook(branches.tokens.see, with_kwargs=True).remove)
-            branches.used.clear()
-            loss = self.forward()
-        self.used |= used | branches.used
-        return loss
+            if direction is None and self.capture is not None:
+                capture, self.capture = self.capture, None
+                fresh = stack.enter_context(capture(copies))
+                self._set(stack, fresh=fresh)
+            if copies > 1:
+                stack.enter_context(repeated(self.model, copies))
+                self._set(stack, copies=copies)
+            if copies > 1 or direction is not None:
+                moving = fresh.keys() if capture else {layer.name for layer in self.branches.active}
+                self._set(stack, factors=_Moved(self, points, moving, self.branches.factors))
+                stack.callback(self.model.register_forward_pre_hook(self.branches.tokens.see, with_kwargs=True).remove)
+                stack.enter_context(self.branches.attached())
+            if direction is not None and self.dense:
+                used = stack.enter_context(lent(self.model, self.dense, distance, direction.key))
+            found = [self.forward() for _ in points]
+        self.used |= used
+        if capture is not None and math.isfinite(found[0].mean()):
+            reached = fresh.keys() if self.reached is None else fresh.keys() & self.reached
+            self.renew({name: basis.vectors for name, basis in fresh.items() if name in reached})
+        elif capture is not None:
+            self.capture = capture
+        return found
 
-    @property
-    def unused(self) -> set[str]:
-        """Maps and dense parameters that no perturbed pass has read: the loss says nothing about them."""
-        return (self.dense.keys() | {m.name for m in self.branches.active}) - self.used
+    def _set(self, stack: ExitStack, **values: Any) -> None:
+        """Give the branches attributes that last until `stack` closes."""
+        for name, value in values.items():
+            stack.callback(setattr, self.branches, name, getattr(self.branches, name))
+            setattr(self.branches, name, value)
 
-    def _by_sequence(self, factor: Tensor) -> Tensor:
-        """A factor [examples, d_out, r] as the sequences of the model's batch need it."""
-        return factor if factor.dim() == 2 or self._examples is None else factor[self._examples.to(factor.device)]
-
-    def forward(self) -> float:
-        """The loss of one pass over the model as it is."""
+    def forward(self) -> Tensor:
+        """What the closure returns in one more pass, as `losses` has it."""
         self._randomness.rewind()
         self.forwards += 1
         loss = self.closure()
         loss = loss if isinstance(loss, Loss) else Loss(torch.as_tensor(loss))
-        self.error, self._examples = loss.error, loss.examples
+        self.error, self.examples = loss.error, loss.examples
         self.losses = loss.values.detach().cpu().double()  # on the CPU: not every device has float64
-        return float(self.losses.mean())
+        return self.losses
+
+
+@dataclass
+class _Moved:
+    """The factors of side branches at `points`: those of the `centre`, for the maps `moving` the directions' too."""
+
+    landscape: Landscape
+    points: Sequence[Point]
+    moving: Set[str]
+    centre: Factors
+
+    def get(self, name: str, /) -> Tensor | None:
+        """The factor of map `name` [d_out, r], or where the points or their examples differ one for each of them."""
+        centre, basis = self.centre.get(name), self.landscape.branches.basis(name)
+        if name not in self.moving or basis is None:
+            return centre
+        layer = self.landscape.branches.named[name]
+        if centre is None and len(self.points) > 1:
+            centre = basis.new_zeros(layer.d_out, basis.shape[1])
+        factors = [self._at(point, layer, basis, centre) for point in self.points]
+        if len(factors) == 1:
+            return factors[0]
+        sequences = max(len(factor) if factor.dim() == 3 else 1 for factor in factors)
+        return torch.cat([factor.expand(sequences, -1, -1) for factor in factors])
+
+    def _at(self, point: Point, layer: LinearMap, basis: Tensor, centre: Tensor | None) -> Tensor:
+        direction, distance = point
+        if direction is None:
+            assert centre is not None  # alone, the centre has the branches that it has
+            return centre
+        left, examples = direction.left(layer, basis), self.landscape.examples
+        if left.dim() == 3 and examples is not None:
+            left = left[examples.to(left.device)]
+        return left * distance if centre is None else left * distance + centre
 
 
 class _Randomness:

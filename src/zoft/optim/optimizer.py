@@ -62,6 +62,9 @@ class ZeroOrder(torch.optim.Optimizer):
             embeddings), as AGZO's paper does. `Full` perturbs every parameter anyway.
         weight_decay: decoupled, on written weights (and on coefficients, where those are trained).
         clip, normalise: bound or even out the size of estimates from probes (`zoft.optim.pace.Pace`).
+        probe_batching: evaluate a step's points in one forward, on as many copies of the batch
+            (`zoft.optim.copies.repeated`): faster where reading the weights takes the time, small batches of short
+            texts, for the memory of the larger batch. The same numbers, but for rounding.
         seed: names all noise; runs with equal seeds draw equal directions.
         include, exclude: shell-style patterns on module or parameter names.
         linear: patterns that name further modules to be treated as linear maps.
@@ -84,6 +87,7 @@ class ZeroOrder(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         clip: float | None = None,
         normalise: bool = False,
+        probe_batching: bool = False,
         seed: int = 0,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -92,8 +96,11 @@ class ZeroOrder(torch.optim.Optimizer):
         self.subspace, self.estimator, self.update = subspace, estimator or Probes(), update or SGD()
         self.model, self.others, self.seed, self.pace = model, others, seed, Pace(clip, normalise)
         _check(lr, eps, weight_decay, others, subspace, self.update)
-        if (clip is not None or normalise) and not isinstance(self.estimator, Probes):
-            raise ValueError("clip and normalise go by projected gradients, which only probes have")
+        self.probe_batching = probe_batching
+        if (clip is not None or normalise or probe_batching) and not isinstance(self.estimator, Probes):
+            raise ValueError("clip, normalise and probe_batching are for probes, of which this estimator has none")
+        if probe_batching and (isinstance(subspace, Full) or others == "gaussian"):
+            raise ValueError("probe_batching takes low-rank directions: leave the other parameters frozen")
 
         self.maps: list[LinearMap] = []
         self.dense: dict[str, nn.Parameter] = {}
@@ -167,14 +174,13 @@ class ZeroOrder(torch.optim.Optimizer):
             capture,
             self.set_bases,
             subspace.confine if isinstance(subspace, Maintained) else None,
+            self.probe_batching,
         )
         found = Estimate()
         self.loss, self.projected_gradients = self.estimator(landscape, found)
         self.counters.forwards += landscape.forwards
         self._drawn = landscape.drawn
-        for name in landscape.unused:
-            found.factors.pop(name, None)
-        self._unused = landscape.unused & self.dense.keys()
+        self._unused = self.dense.keys() - landscape.used
         if self._unused:
             self._warn(
                 "unused",
@@ -205,7 +211,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """
         if not isinstance(self.subspace, Activation):
             raise ValueError(f"{type(self).__name__} takes no basis from activations")
-        with self._capture()() as bases:
+        with self._capture()(1) as bases:
             for closure in closures:
                 closure()
         self.counters.forwards += len(closures)
@@ -272,7 +278,7 @@ class ZeroOrder(torch.optim.Optimizer):
     def _due(self) -> bool:
         return not isinstance(self.subspace, Full) and self.subspace.due(self.counters.steps, self.renewed_at)
 
-    def _capture(self) -> Callable[[], AbstractContextManager[dict[str, Basis]]]:
+    def _capture(self) -> Callable[[int], AbstractContextManager[dict[str, Basis]]]:
         subspace = self.subspace
         assert isinstance(subspace, Activation)
         key = (self.seed, self.counters.steps)

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from zoft.optim.capture import OfLastInput, Tokens
+from zoft.optim.capture import Basis, OfLastInput, Tokens
 from zoft.optim.layers import LinearMap, input_of, owners_of
 from zoft.optim.noise import Key, normal, normal_chunks
 
@@ -25,43 +25,52 @@ from zoft.optim.noise import Key, normal, normal_chunks
 class Direction:
     """One random direction: ``R A^T`` for each linear map, replayed Gaussian noise for each dense parameter.
 
-    `key` names the noise; `factors` holds R, float32 [d_out, r], by map name, or [batch, d_out, r] if every example of
-    the batch has a direction of its own.
+    `key` names the noise. R is standard normal, one for each of `examples` if there are several, and `confine` may
+    restrict it to some of its columns. `factors` holds what has been drawn so far.
     """
 
     key: Key
+    examples: int | None = None
+    confine: Callable[[Tensor, Key], Tensor] | None = None
     factors: dict[str, Tensor] = field(default_factory=dict)
 
+    def left(self, layer: LinearMap, basis: Tensor) -> Tensor:
+        """R of `layer`, float32 [d_out, r] or [examples, d_out, r], for its `basis` [d_in, r]."""
+        if layer.name not in self.factors:
+            key, leading = (*self.key, layer.name), () if self.examples is None else (self.examples,)
+            left = normal(key, (*leading, layer.d_out, basis.shape[1]), device=basis.device)
+            self.factors[layer.name] = left if self.confine is None else self.confine(left, key)
+        return self.factors[layer.name]
 
-def draw(key: Key, maps: Sequence[LinearMap], bases: dict[str, Tensor], examples: int | None = None) -> Direction:
-    """The direction named `key`, R standard normal for every map that has a basis; one for each of `examples`."""
-    leading = () if examples is None else (examples,)
-    return Direction(
-        key,
-        {
-            m.name: normal((*key, m.name), (*leading, m.d_out, bases[m.name].shape[1]), device=bases[m.name].device)
-            for m in maps
-            if m.name in bases
-        },
-    )
+
+class Factors(Protocol):
+    """The factors F of side branches by map name: a dictionary, or what makes them as they are asked for."""
+
+    def get(self, name: str, /) -> Tensor | None: ...
 
 
 class SideBranches:
     """Adds ``(x A) F^T`` to the output of every map that has a basis A [d_in, r] and a factor F [d_out, r].
 
     Set `factors` (float32, by map name) and run the model inside ``with branches.attached():``, or `attach` them
-    for good. The branch is computed in the output's dtype. `active` are the maps that the latest bases are for.
+    for good. The branch is computed in the output's dtype. `active` are the maps that the latest bases are for; while
+    bases are being renewed, `fresh` holds those seen so far.
 
-    A factor [batch, d_out, r] acts on each example by itself. Where a map's rows do not lie example by example (routed
-    tokens, an embedding), its first example's factor acts on all, and the map is in `shared`.
+    A factor [n, d_out, r] acts on the n parts of the batch by themselves: its examples, or with `copies` the copies of
+    a batch in it. Where a map's rows do not lie example by example (routed tokens), its first example's factor acts on
+    all, and the map is in `shared`.
+
+    Raises:
+        ValueError: copies of a batch cannot be told apart in a map's rows.
     """
 
     def __init__(self, maps: Sequence[LinearMap]) -> None:
-        self.maps = maps
+        self.maps, self.named = maps, {layer.name: layer for layer in maps}
         self.active: list[LinearMap] = []
         self.bases: dict[str, Tensor] = {}
-        self.factors: dict[str, Tensor] = {}
-        self.used: set[str] = set()
+        self.fresh: dict[str, Basis] = {}
+        self.factors: Factors = {}
+        self.copies = 1
         self.shared: set[str] = set()
         self.tokens = Tokens()
         self._handles: list[Any] = []
@@ -90,33 +99,48 @@ class SideBranches:
             if not already:
                 self.detach()
 
+    def basis(self, name: str) -> Tensor | None:
+        """The basis of map `name`: as soon as the map has been called, that of the pass which renews it."""
+        fresh = self.fresh.get(name)
+        return fresh.vectors if fresh is not None else self.bases.get(name)
+
     def _hook(self, name: str, module: nn.Module) -> Callable[..., Tensor | None]:
         add = self._lookup if isinstance(module, nn.Embedding) else self._linear
 
         def branch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-            factor = self.factors.get(name)
-            if factor is None:
+            factor, basis = self.factors.get(name), self.basis(name)
+            if factor is None or basis is None:
                 return None
-            self.used.add(name)
-            return y + add(name, input_of(args, kwargs), factor, y)
+            return y + add(name, input_of(args, kwargs), factor, basis, y)
 
         return branch
 
-    def _lookup(self, name: str, index: Tensor, factor: Tensor, y: Tensor) -> Tensor:
-        return (self._one(name, factor)[index] @ self.bases[name].t()).to(y.dtype)
+    def _lookup(self, name: str, index: Tensor, factor: Tensor, basis: Tensor, y: Tensor) -> Tensor:
+        if factor.dim() == 3 and self._by_parts(name, index.unsqueeze(-1)):
+            parts = torch.arange(len(factor), device=index.device).unsqueeze(1)
+            rows = factor[parts, index.reshape(len(factor), -1)]
+        else:
+            rows = self._one(factor)[index]
+        return (rows @ basis.t()).to(y.dtype).view(y.shape)
 
-    def _linear(self, name: str, x: Tensor, factor: Tensor, y: Tensor) -> Tensor:
-        projected = self._project(x, self.bases[name]).to(y.dtype)
-        each = self.tokens.by_example(projected) if factor.dim() == 3 else None
-        if each is not None:
+    def _linear(self, name: str, x: Tensor, factor: Tensor, basis: Tensor, y: Tensor) -> Tensor:
+        projected = self._project(x, basis).to(y.dtype)
+        if factor.dim() == 3 and self._by_parts(name, projected):
+            each = projected.reshape(len(factor), -1, projected.shape[-1])
             return torch.bmm(each, factor.transpose(1, 2).to(y.dtype)).view(y.shape)
-        return projected @ self._one(name, factor).t().to(y.dtype)
+        return projected @ self._one(factor).t().to(y.dtype)
 
-    def _one(self, name: str, factor: Tensor) -> Tensor:
-        if factor.dim() == 2:
-            return factor
+    def _by_parts(self, name: str, x: Tensor) -> bool:
+        """Whether the rows of `x` lie example by example."""
+        if self.tokens.by_example(x) is not None:
+            return True
+        if self.copies > 1:
+            raise ValueError(f"copies of a batch cannot be told apart in layer {name!r}: run the probes apart")
         self.shared.add(name)
-        return factor[0]
+        return False
+
+    def _one(self, factor: Tensor) -> Tensor:
+        return factor if factor.dim() == 2 else factor[0]
 
     def _project(self, x: Tensor, basis: Tensor) -> Tensor:
         """``x A``, computed once for layers that share both."""

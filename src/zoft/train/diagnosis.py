@@ -67,7 +67,7 @@ class Ladder:
         direction = landscape.draw()
         for distance in self.distances:
             for signed in (distance, -distance):
-                self.losses[signed] = landscape.at(direction, signed)
+                self.losses[signed] = float(landscape.evaluate([(direction, signed)])[0].mean())
         estimate.add(direction, torch.tensor(1.0))
         return self.losses[0.0], [1.0]
 

@@ -24,8 +24,13 @@ FIRST_ORDER: dict[str, dict[str, Any]] = {
     "lora": {"lr": 1e-3, "rank": 8, "alpha": 16},
 }
 PATTERNS = ("include", "exclude", "linear")
-COMMON = dict.fromkeys(PATTERNS, ()) | {"clip": None, "normalise": False}  # what every zeroth-order method takes
-COMMON_HINTS = dict.fromkeys(PATTERNS, Sequence[str]) | {"clip": float | None, "normalise": bool}
+# What every zeroth-order method takes, and of which type it is.
+COMMON: dict[str, Any] = dict.fromkeys(PATTERNS, ()) | {"clip": None, "normalise": False, "probe_batching": False}
+COMMON_HINTS = dict.fromkeys(PATTERNS, Sequence[str]) | {
+    "clip": float | None,
+    "normalise": bool,
+    "probe_batching": bool,
+}
 AUTO = "auto"  # which of them it is follows from the model (zoft.train.auto)
 
 

@@ -55,7 +55,7 @@ def memory(
 
 def parse_methods(text: str) -> list[str]:
     """The methods named in ``a, b``. Raises UserError if there are none, or one is unknown."""
-    from zoft.bench.step import PUBLISHED
+    from zoft.bench.step import BATCHING, PUBLISHED
     from zoft.train.optimizers import require_method
 
     names = common.parse_names(text)
@@ -63,7 +63,7 @@ def parse_methods(text: str) -> list[str]:
         raise UserError(f"{text!r} names no method")
     for name in names:
         if name != PUBLISHED:
-            require_method(name)
+            require_method(name.removesuffix(BATCHING))
     return names
 
 

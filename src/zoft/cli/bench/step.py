@@ -22,7 +22,10 @@ def step(
     model: common.Model,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Names, separated by commas, or repeatable; mezo-published, fo-sgd and fo-adamw, too."),
+        typer.Option(
+            help="Names, separated by commas, or repeatable; mezo-published, fo-sgd and fo-adamw, too. +batching after "
+            "one: its step in one forward."
+        ),
     ] = None,
     task: common.TaskName = None,
     data: common.Data = None,
