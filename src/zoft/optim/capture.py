@@ -38,6 +38,8 @@ def leading_basis(rows: Tensor, omega: Tensor, power_steps: int | None) -> Basis
     takes the exact singular value decomposition instead. Products are taken in float32, `ROWS` rows at a time.
     """
     rank = min(omega.shape[1], *rows.shape)
+    if len(rows) <= ROWS:
+        rows = rows.float()  # once for all products
     if power_steps is None:
         _, sigma, vectors = torch.linalg.svd(rows.float(), full_matrices=False)
         return Basis(vectors[:rank].t().contiguous(), sigma[:rank])

@@ -111,7 +111,7 @@ class SideBranches:
             factor, basis = self.factors.get(name), self.basis(name)
             if factor is None or basis is None:
                 return None
-            return y + add(name, input_of(args, kwargs), factor, basis, y)
+            return add(name, input_of(args, kwargs), factor, basis, y)
 
         return branch
 
@@ -121,14 +121,15 @@ class SideBranches:
             rows = factor[parts, index.reshape(len(factor), -1)]
         else:
             rows = self._one(factor)[index]
-        return (rows @ basis.t()).to(y.dtype).view(y.shape)
+        return y + (rows @ basis.t()).to(y.dtype).view(y.shape)
 
     def _linear(self, name: str, x: Tensor, factor: Tensor, basis: Tensor, y: Tensor) -> Tensor:
         projected = self._project(x, basis).to(y.dtype)
         if factor.dim() == 3 and self._by_parts(name, projected):
-            each = projected.reshape(len(factor), -1, projected.shape[-1])
-            return torch.bmm(each, factor.transpose(1, 2).to(y.dtype)).view(y.shape)
-        return projected @ self._one(factor).t().to(y.dtype)
+            each, parts = projected.reshape(len(factor), -1, projected.shape[-1]), y.view(len(factor), -1, y.shape[-1])
+            left = factor.transpose(1, 2).to(y.dtype)
+            return _plus_product(parts, each, left).view(y.shape)
+        return _plus_product(y, projected, self._one(factor).t().to(y.dtype))
 
     def _by_parts(self, name: str, x: Tensor) -> bool:
         """Whether the rows of `x` lie example by example."""
@@ -146,6 +147,11 @@ class SideBranches:
         """``x A``, computed once for layers that share both."""
         known, value = self._projected.get(x, lambda: (basis, x @ basis.to(x.dtype)))
         return value if known is basis else x @ basis.to(x.dtype)
+
+
+def _plus_product(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """``y + x factor``, without a temporary for the product where its rank is 1."""
+    return torch.addcmul(y, x, factor) if factor.shape[-2] == 1 else y + x @ factor
 
 
 @contextmanager

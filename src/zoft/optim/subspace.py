@@ -6,6 +6,7 @@ name; a map without one (an expert that saw no token) stays still.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -83,9 +84,8 @@ class Activation:
         return step // self.renew_every != renewed_at // self.renew_every
 
     def extract(self, layer: LinearMap, rows: Tensor, key: Key, previous: Tensor | None = None) -> Basis:
-        """The basis of input activations `rows` [T, d_in]; the test matrix comes from noise stream `key`."""
-        omega = normal((*key, "omega", layer.name), (len(rows), self.rank), device=rows.device)
-        return leading_basis(rows, omega, self.power_steps)
+        """The basis of input activations `rows` [T, d_in]; the test matrix, of noise stream `key`, is every layer's."""
+        return leading_basis(rows, _test_matrix(key, len(rows), self.rank, rows.device), self.power_steps)
 
     def __str__(self) -> str:
         often = {None: "once", 1: "every step"}.get(self.renew_every, f"every {self.renew_every} steps")
@@ -138,6 +138,11 @@ class Maintained(Activation):
 
     def __str__(self) -> str:
         return f"maintained rank {self.rank}, {self.active} active"
+
+
+@functools.lru_cache(maxsize=1)
+def _test_matrix(key: Key, rows: int, rank: int, device: torch.device) -> Tensor:
+    return normal((*key, "omega"), (rows, rank), device=device)
 
 
 Subspace = Full | RandomLowRank | Activation

@@ -2,11 +2,13 @@
 
 Half-precision weights swallow updates smaller than half a unit in the last place: at ``|w|`` around .02 a bfloat16
 unit is 1.2e-4, larger than most steps of a zeroth-order method. So float16 and bfloat16 weights are rounded
-stochastically: up or down with probabilities that make the expectation exact. The dither is a Weyl sequence with a
-random start for each write, uniform at every element; it costs one integer product instead of a random draw.
+stochastically: up or down with probabilities that make the expectation exact. The dither is a Weyl sequence, the same
+for all writes, with a random start for each: uniform at every element, and read from a table instead of drawn.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from zoft.optim.noise import Key, normal_chunks, stream
 
 ELEMENTS = 1 << 18  # weight elements updated at a time
+PERIOD, GOLDEN = 1 << 16, 40503  # of the dither; its step, the golden section of the period, is odd: all values occur
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's mantissa
 
 
@@ -26,7 +29,7 @@ def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor, key: Key, decay: 
     rows = max(1, ELEMENTS // weight.shape[1])
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows]
-        exact = torch.addmm(part.float(), left[start : start + rows], right.t(), beta=decay)
+        exact = _exact(part).addmm_(left[start : start + rows], right.t(), beta=decay)
         part.copy_(_dithered(exact, weight.dtype, start * weight.shape[1], key))
 
 
@@ -52,23 +55,39 @@ def add_dense_(parameter: Tensor, delta: Tensor, key: Key, decay: float = 1.0) -
 
 
 def _exact(weight: Tensor) -> Tensor:
-    """A copy of `weight` in which sums are taken: float32, or float64 for a float64 weight."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    """A contiguous copy of `weight` in which sums are taken: float32, or float64 for a float64 weight."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(wide, copy=True, memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _weyl(device: torch.device) -> Tensor:
+    """``i * GOLDEN mod 2^16`` for as many i as a chunk and any start take, int32."""
+    index = torch.arange(PERIOD + ELEMENTS, dtype=torch.int64, device=device)
+    return index.mul_(GOLDEN).remainder_(PERIOD).int()
 
 
 def _dithered(exact: Tensor, dtype: torch.dtype, offset: int, key: Key) -> Tensor:
-    """Float32 `exact` rounded stochastically, in place, to values of `dtype`; `offset` is its first element's index."""
-    if dtype not in _DROPPED_BITS:
-        return exact
+    """Float32 `exact`, contiguous, rounded stochastically, in place, to values of `dtype`.
+
+    `offset` is the index of its first element, which says where in the sequence it begins.
+    """
+    if dtype in _DROPPED_BITS:
+        flat, table, start = exact.view(-1), _weyl(exact.device), offset + stream(key)[0]
+        for place in range(0, len(flat), ELEMENTS):
+            part, first = flat[place : place + ELEMENTS], (start + place) % PERIOD
+            _round(part, dtype, table[first : first + len(part)])
+    return exact
+
+
+def _round(exact: Tensor, dtype: torch.dtype, dither: Tensor) -> None:
     low = (1 << _DROPPED_BITS[dtype]) - 1
-    start, gamma = stream(key)
-    offset &= low  # only the low bits of an index count, and all of it may not fit 32 bits
-    index = torch.arange(offset, offset + exact.numel(), dtype=torch.int32, device=exact.device)
-    dither = index.mul_(gamma & low).add_(start & low).bitwise_and_(low).view(exact.shape)
     if dtype == torch.float16:  # its subnormal numbers, multiples of 2^-24, drop more bits: round those by hand
+        dither = dither & low
         small = exact.abs() < 2**-14
         units = torch.where(small, exact, 0) * 2**24 + (dither + 0.5) / (low + 1)
+        by_hand = units.floor() * 2**-24
         exact.view(torch.int32).add_(dither).bitwise_and_(~low)
-        return torch.where(small, units.floor() * 2**-24, exact)
-    exact.view(torch.int32).add_(dither).bitwise_and_(~low)
-    return exact
+        exact.copy_(torch.where(small, by_hand, exact))
+    else:
+        exact.view(torch.int32).add_(dither).bitwise_and_(~low)
