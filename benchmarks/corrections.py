@@ -3,7 +3,7 @@
     python benchmarks/corrections.py --data DATA/sst2
 
 SmolLM2-135M-Instruct on SST-2, batches of 16. First the cosine to the true gradient (float32, three batches) of the
-guided estimate C and of what two more forwards could make of it; with R drawn anew and g the finite difference along it:
+guided estimate C and of what two more forwards could make of it; R is drawn anew, g the finite difference along it:
 
 - control variate: ``C + (g - <C, R>) R``, unbiased on the subspace whatever C is;
 - the same, shrunk: the correction times ``1 / D``, D the number of coefficients, for which its own noise is as large as
