@@ -4,10 +4,11 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import LlamaModel, OPTConfig, OPTForCausalLM
 
 import zoft.train.auto as zoft_auto
 from train.tiny import TOKENIZER, make_model
@@ -107,3 +108,44 @@ def test_a_broken_model_ends_in_words(zoft: Callable[..., Outcome], data: Path, 
     outcome = zoft("train", tmp_path / "broken", "--task", "sst2", "--data", data, *many, "--out", tmp_path / "run")
     assert outcome.code == 2 and outcome.err.count("\n") == 1
     assert "no estimate so far had a finite loss" in outcome.err
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_probe_batching_is_what_is_faster(
+    train: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: bool
+) -> None:
+    """By a clock on which a run of the model takes a second, and one on copies of the batch one more or less."""
+    now = [0.0]
+    rows: list[int] = []
+
+    def forward(self: LlamaModel, *args: Any, **kwargs: Any) -> Any:
+        copies = kwargs["input_ids"].shape[0] > 8
+        rows.append(kwargs["input_ids"].shape[0])
+        now[0] += (1.5 if faster else 2.5) if copies else 1.0
+        return run(self, *args, **kwargs)
+
+    run = LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    monkeypatch.setattr(zoft_auto.time, "perf_counter", lambda: now[0])
+    outcome = train("--method", "agzo", "--option", "probe_batching=auto")
+    assert outcome.code == 0, outcome.err
+    assert settled(tmp_path / "run").method_options["probe_batching"] is faster
+    assert rows.count(16) == zoft_auto.ROUNDS + (4 if faster else 0)  # two copies of the batch
+
+
+def test_probe_batching_that_cannot_be_ends_in_words(train: Callable[..., Outcome]) -> None:
+    outcome = train("--method", "mezo", "--option", "probe_batching=true")
+    assert outcome.code == 2
+    assert "option probe_batching: " in outcome.err and "low-rank" in outcome.err
+
+
+def test_probe_batching_that_cannot_be_is_not_chosen(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert train("--method", "mezo", "--option", "probe_batching=auto").code == 0
+    assert settled(tmp_path / "run").method_options["probe_batching"] is False
+
+
+def test_only_train_settles_probe_batching(zoft: Callable[..., Outcome], model: Path, data: Path) -> None:
+    given = ("--data", data, "--batch-size", 4, "--methods", "agzo", "-o", "probe_batching=auto")
+    outcome = zoft("align", model, "--task", "sst2", *given)
+    assert outcome.code == 2
+    assert "probe_batching must be True or False" in outcome.err

@@ -99,6 +99,8 @@ class ZeroOrder(torch.optim.Optimizer):
         self.probe_batching = probe_batching
         if (clip is not None or normalise or probe_batching) and not isinstance(self.estimator, Probes):
             raise ValueError("clip, normalise and probe_batching are for probes, of which this estimator has none")
+        if not isinstance(probe_batching, bool):
+            raise ValueError(f"probe_batching must be True or False, not {probe_batching!r} (which zoft train settles)")
         if probe_batching and (isinstance(subspace, Full) or others == "gaussian"):
             raise ValueError("probe_batching takes low-rank directions: leave the other parameters frozen")
 

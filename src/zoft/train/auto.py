@@ -1,11 +1,13 @@
-"""What a run leaves to zoft, settled by a look at the model and its batches: ``auto`` as method, lr or eps."""
+"""What a run leaves to zoft, settled by a look at the model and its batches: ``auto`` as method, lr, eps or option."""
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 from zoft.errors import UserError
@@ -16,6 +18,8 @@ from zoft.train.diagnosis import Diagnosis, diagnose
 from zoft.train.optimizers import AUTO, zero_order_of
 
 BATCHES = 8  # looked at, at most
+ROUNDS = 4  # of timing, the first to warm up
+BATCHING = "probe_batching"
 
 
 def settle(
@@ -26,14 +30,20 @@ def settle(
     The method becomes `guided` if `model` has a residual stream for it to go back along, else `zo-act`, which takes
     any weights, with lr and eps measured unless they are given. `look` gives the losses of some batches, if they
     are needed; `model` stays as it is. Where the loss does not curve upwards there is no lr to measure, and the
-    method's own is taken.
+    method's own is taken. The option probe_batching becomes what is faster.
 
     Raises:
-        UserError: lr or eps is to be measured, and cannot be.
+        UserError: lr or eps is to be measured, and cannot be, or probe_batching is wanted, and cannot be had.
     """
-    if AUTO not in (config.method, config.lr, config.eps):
+    batching = config.method_options.get(BATCHING)
+    if AUTO not in (config.method, config.lr, config.eps) and not batching:
         return config, None
     closures = look()
+    if batching:
+        config = replace(config, method_options=config.method_options | {BATCHING: False})
+        faster = _together_is_faster(config, model, closures[0], wanted=batching != AUTO)
+        config, found = settle(config, model, lambda: closures)
+        return replace(config, method_options=config.method_options | {BATCHING: faster}), found
     if config.method == AUTO:
         if _has_stream(model, closures[0]):
             config = replace(config, method="guided")
@@ -70,3 +80,26 @@ def _has_stream(model: Any, closure: Closure) -> bool:
     finally:
         optimizer.branches.detach()
     return True
+
+
+def _together_is_faster(config: TrainConfig, model: Any, closure: Closure, wanted: bool) -> bool:
+    """Whether an estimate takes less time with all its points in one forward; True if `wanted` and possible."""
+    settings = replace(config, lr=0.0, eps=None if config.eps == AUTO else config.eps)
+    ways = [replace(settings, method_options=config.method_options | {BATCHING: way}) for way in (False, True)]
+    seconds: list[list[float]] = [[], []]
+    try:
+        optimizers = [zero_order_of(way, model) for way in ways]
+        for _ in range(ROUNDS):
+            for optimizer, taken in zip(optimizers, seconds, strict=True):
+                if optimizer.keeps_coefficients:
+                    optimizer.branches.attach()
+                start = time.perf_counter()
+                optimizer.estimate(closure)  # ends with the loss on the CPU
+                taken.append(time.perf_counter() - start)
+                optimizer.take_estimate()
+                optimizer.branches.detach()
+    except (ValueError, UserError) as error:
+        if wanted:
+            raise UserError(f"option {BATCHING}: {error}") from error
+        return False
+    return wanted or median(seconds[1][1:]) < median(seconds[0][1:])

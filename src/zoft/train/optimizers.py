@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
@@ -29,7 +29,7 @@ COMMON: dict[str, Any] = dict.fromkeys(PATTERNS, ()) | {"clip": None, "normalise
 COMMON_HINTS = dict.fromkeys(PATTERNS, Sequence[str]) | {
     "clip": float | None,
     "normalise": bool,
-    "probe_batching": bool,
+    "probe_batching": bool | Literal["auto"],
 }
 AUTO = "auto"  # which of them it is follows from the model (zoft.train.auto)
 
