@@ -97,8 +97,9 @@ class Tokens:
 
     def __init__(self) -> None:
         self._shape: tuple[int, int] | None = None
+        self._first = 0  # the first place that the loss reads, in any example
         self._tokens: Tensor | None = None  # indices into the flattened [batch * tokens], None for all
-        self._read: Tensor | None = None  # bool [batch, tokens]
+        self._read: Tensor | None = None  # int64 [rows, 2], example and place of the tokens that the loss reads
 
     def see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         mask, keep = kwargs.get("attention_mask"), kwargs.get("logits_to_keep")
@@ -116,7 +117,7 @@ class Tokens:
             read = torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
         if isinstance(keep, int) and keep:
             read = read & (torch.arange(length, device=read.device) >= length - keep)
-        self._read = read
+        self._read, self._first = read.nonzero(), int(read.any(0).int().argmax())
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` [..., d] as [rows, d] without padding."""
@@ -140,15 +141,15 @@ class Tokens:
 
         None if `x` is of another shape.
         """
-        if x is None or self._read is None or x.dim() not in (2, 3):
+        if x is None or self._shape is None or self._read is None or x.dim() not in (2, 3):
             return None
-        mask = self._read.to(x.device)
+        batch, length = self._shape
         if x.dim() == 2:
-            return x.detach()[mask.reshape(-1)] if len(x) == mask.numel() else None
-        if x.shape[0] != mask.shape[0] or x.shape[1] > mask.shape[1]:
+            x = x.view(batch, length, -1) if len(x) == batch * length else x
+        if x.dim() == 2 or len(x) != batch or not length - self._first <= x.shape[1] <= length:
             return None
-        mask = mask[:, mask.shape[1] - x.shape[1] :]
-        return x.detach()[mask] if int(mask.sum()) == int(self._read.sum()) else None
+        places = self._read[:, 0] * x.shape[1] + self._read[:, 1] - (length - x.shape[1])
+        return x.detach().flatten(0, 1).index_select(0, places.to(x.device))
 
 
 @contextmanager

@@ -150,8 +150,12 @@ class SideBranches:
 
 
 def _plus_product(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """``y + x factor``, without a temporary for the product where its rank is 1."""
-    return torch.addcmul(y, x, factor) if factor.shape[-2] == 1 else y + x @ factor
+    """``y + x factor``, [..., n, r] times [r, d] or as many of them as x has leading ones, without a temporary."""
+    if factor.shape[-2] == 1:
+        return torch.addcmul(y, x, factor)
+    if factor.dim() == 3:
+        return torch.baddbmm(y, x, factor)
+    return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), factor).view(y.shape)
 
 
 @contextmanager

@@ -96,9 +96,10 @@ def transposed_product(layer: LinearMap, error: Tensor) -> Tensor:
     """``error W`` [n, d_in], float32, for `error` float32 [n, d_out]; computed in the weight's dtype."""
     assert layer.weight is not None
     weight = layer.weight.t() if layer.transposed else layer.weight
+    if weight.dtype != torch.float16:
+        return (error.to(weight.dtype) @ weight).float()
     largest = torch.linalg.vector_norm(error, math.inf).clamp(min=torch.finfo(torch.float32).tiny)
-    scaled = torch.div(error, largest, out=torch.empty_like(error, dtype=weight.dtype))  # float16 has little range
-    return (scaled @ weight).float() * largest
+    return (torch.div(error, largest).half() @ weight).float() * largest  # float16 has little range
 
 
 def slope_of(act: Callable[[Tensor], Tensor], z: Tensor, step: float = 1e-3) -> Tensor:
