@@ -1,5 +1,6 @@
 """Tasks, rows, token ids, batches, losses and metrics: everything between a data file and a forward pass."""
 
+from .candidates import read_candidates
 from .collate import Collator
 from .custom import custom_task, parse_words
 from .dataset import TaskDataset
@@ -25,6 +26,7 @@ __all__ = [
     "losses",
     "parse_words",
     "positions_to_keep",
+    "read_candidates",
     "read_logits",
     "sample",
     "score",

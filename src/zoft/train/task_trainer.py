@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from zoft.data import Collator, Task, choose, examples, losses, read_logits, score, slope
+from zoft.data import Collator, Task, choose, examples, losses, read_candidates, read_logits, score, slope
 from zoft.optim import Loss
 from zoft.train.trainer import ZOTrainer
 
@@ -118,8 +118,8 @@ class TaskTrainer(ZOTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             if self.task.kind == "generation":
                 return None, self._generate(inputs), inputs["index"]
-            logits = read_logits(model, inputs)
-            return losses(logits, inputs).mean(), choose(logits, inputs), inputs["index"]
+            logits, batch = read_candidates(model, inputs)
+            return losses(logits, batch).mean(), choose(logits, batch), inputs["index"]
 
     def _generate(self, inputs: dict[str, Tensor]) -> Tensor:
         model: Any = self.model
