@@ -32,6 +32,7 @@ def test_all_rows_run_equally_often_and_in_turns() -> None:
     "method, count",
     [
         ("agzo", 2),
+        ("agzo+batching", 2),
         ("zo-act", 2),
         ("lozo", 2),
         ("mezo", 2),
