@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zoft.optim import checkpoint
 from zoft.optim.capture import Basis, captured
+from zoft.optim.check import check_axes, check_numbers, check_probing
 from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
@@ -95,14 +96,10 @@ class ZeroOrder(torch.optim.Optimizer):
     ) -> None:
         self.subspace, self.estimator, self.update = subspace, estimator or Probes(), update or SGD()
         self.model, self.others, self.seed, self.pace = model, others, seed, Pace(clip, normalise)
-        _check(lr, eps, weight_decay, others, subspace, self.update)
         self.probe_batching = probe_batching
-        if (clip is not None or normalise or probe_batching) and not isinstance(self.estimator, Probes):
-            raise ValueError("clip, normalise and probe_batching are for probes, of which this estimator has none")
-        if not isinstance(probe_batching, bool):
-            raise ValueError(f"probe_batching must be True or False, not {probe_batching!r} (which zoft train settles)")
-        if probe_batching and (isinstance(subspace, Full) or others == "gaussian"):
-            raise ValueError("probe_batching takes low-rank directions: leave the other parameters frozen")
+        check_numbers(lr, eps, weight_decay)
+        check_axes(subspace, self.update, others)
+        check_probing(subspace, self.estimator, others, clip=clip, normalise=normalise, batching=probe_batching)
 
         self.maps: list[LinearMap] = []
         self.dense: dict[str, nn.Parameter] = {}
@@ -328,18 +325,3 @@ class ZeroOrder(torch.optim.Optimizer):
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(f"{message} (step {self.counters.steps}; said once, counted on)", category, stacklevel=4)
-
-
-def _check(lr: float, eps: float, weight_decay: float, others: str, subspace: Subspace, update: Update) -> None:
-    for name, value, lowest in (("lr", lr, 0.0), ("weight_decay", weight_decay, 0.0)):
-        if not (math.isfinite(value) and value >= lowest):
-            raise ValueError(f"{name} must be a number of at least {lowest:g}, not {value}")
-    if not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"eps must be above 0, not {eps}")
-    if others not in ("frozen", "gaussian"):
-        raise ValueError(f"others must be 'frozen' or 'gaussian', not {others!r}")
-    if update.into == "coefficients":
-        if not (isinstance(subspace, Activation) and subspace.renew_every is None):
-            raise ValueError("coefficients need a basis that stays: Activation(renew_every=None)")
-        if others != "frozen":
-            raise ValueError("coefficients leave every other parameter frozen: others must be 'frozen'")

@@ -1,0 +1,41 @@
+"""What does not fit together is said when an optimizer is made."""
+
+from __future__ import annotations
+
+import math
+
+from zoft.optim.estimator import Estimator, Probes
+from zoft.optim.subspace import Activation, Full, Subspace
+from zoft.optim.update import Update
+
+
+def check_numbers(lr: float, eps: float, weight_decay: float) -> None:
+    """Raises ValueError if one is out of its range."""
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be a number of at least 0, not {value}")
+    if not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"eps must be above 0, not {eps}")
+
+
+def check_axes(subspace: Subspace, update: Update, others: str) -> None:
+    """Raises ValueError if one asks of another what it does not have."""
+    if others not in ("frozen", "gaussian"):
+        raise ValueError(f"others must be 'frozen' or 'gaussian', not {others!r}")
+    if update.into == "coefficients":
+        if not (isinstance(subspace, Activation) and subspace.renew_every is None):
+            raise ValueError("coefficients need a basis that stays: Activation(renew_every=None)")
+        if others != "frozen":
+            raise ValueError("coefficients leave every other parameter frozen: others must be 'frozen'")
+
+
+def check_probing(
+    subspace: Subspace, estimator: Estimator, others: str, *, clip: float | None, normalise: bool, batching: bool
+) -> None:
+    """Raises ValueError if what is for probes, or for low-rank ones, is asked of others."""
+    if not isinstance(batching, bool):
+        raise ValueError(f"probe_batching must be True or False, not {batching!r} (which zoft train settles)")
+    if (clip is not None or normalise or batching) and not isinstance(estimator, Probes):
+        raise ValueError("clip, normalise and probe_batching are for probes, of which this estimator has none")
+    if batching and (isinstance(subspace, Full) or others == "gaussian"):
+        raise ValueError("probe_batching takes low-rank directions: leave the other parameters frozen")
