@@ -38,6 +38,13 @@ class LinearMap:
     def device(self) -> torch.device:
         return device_of(*self.modules, *self.lookups)
 
+    def dense_weight(self) -> Tensor | None:
+        """W [d_out, d_in] as a plain tensor, made anew from a quantized one; None if there is no way to read it."""
+        if self.weight is not None:
+            return self.weight.t() if self.transposed else self.weight
+        weight = dequantized(getattr((*self.modules, *self.lookups)[0], "weight", None))
+        return weight if weight is not None and weight.shape == (self.d_out, self.d_in) else None
+
 
 def find_linear_maps(
     model: nn.Module,
@@ -122,6 +129,19 @@ def owners_of(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a linear map was called with, whether by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def dequantized(weight: Any) -> Tensor | None:
+    """A quantized weight as a plain tensor: bitsandbytes' 4 and 8 bits, and what has a ``dequantize`` of its own."""
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if getattr(weight, "SCB", None) is not None:
+        return weight.data * (weight.SCB.unsqueeze(1) / 127)
+    if isinstance(weight, Tensor) and (weight.is_quantized or type(weight).dequantize is not Tensor.dequantize):
+        return weight.dequantize()
+    return None
 
 
 def device_of(*modules: nn.Module) -> torch.device:

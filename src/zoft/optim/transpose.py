@@ -94,8 +94,8 @@ Transposed = Callable[[LinearMap, Tensor], Tensor]
 
 def transposed_product(layer: LinearMap, error: Tensor) -> Tensor:
     """``error W`` [n, d_in], float32, for `error` float32 [n, d_out]; computed in the weight's dtype."""
-    assert layer.weight is not None
-    weight = layer.weight.t() if layer.transposed else layer.weight
+    weight = layer.dense_weight()
+    assert weight is not None
     if weight.dtype != torch.float16:
         return (error.to(weight.dtype) @ weight).float()
     largest = torch.linalg.vector_norm(error, math.inf).clamp(min=torch.finfo(torch.float32).tiny)
