@@ -1,6 +1,7 @@
 """`ZOTrainer` as a drop-in: transformers' arguments, a plain data set of dicts, the default collator."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,13 @@ def test_first_order_is_the_trainer_unchanged(arguments: Arguments) -> None:
         states.append(snapshot(model))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert changed(llama(), states[0]) != set()
+
+
+@pytest.mark.parametrize("method, taken", [(zoft.ZOAct, True), (zoft.AGZO, False)])
+def test_a_quantized_model_is_taken_where_coefficients_train(method: Any, taken: bool, arguments: Arguments) -> None:
+    """transformers refuses one without an adapter, which is what coefficients become."""
+    model = llama()
+    model.is_quantized = True
+    with nullcontext() if taken else pytest.raises(ValueError, match="purely quantized"):
+        trainer_of(method(model, lr=1e-3), arguments(max_steps=2)).train()
+    assert not getattr(model, "_hf_peft_config_loaded", False)

@@ -14,6 +14,7 @@ from zoft.optim import ZeroOrder
 from zoft.train.adapter import save_adapter
 
 OPTIMIZER_STATE = "optimizer.pt"  # transformers' file name in a checkpoint
+ADAPTED = "_hf_peft_config_loaded"  # transformers' mark of a model that an adapter has been added to
 
 
 class ZOTrainer(Trainer):
@@ -30,6 +31,18 @@ class ZOTrainer(Trainer):
     """
 
     batch_loss: Tensor = torch.tensor(math.nan)
+
+    def __init__(self, model: Any = None, *args: Any, **options: Any) -> None:
+        optimizer = next(iter(options.get("optimizers", ())), None)
+        if not (isinstance(optimizer, ZeroOrder) and optimizer.keeps_coefficients):
+            super().__init__(model, *args, **options)
+            return
+        marked = getattr(model, ADAPTED, False)
+        setattr(model, ADAPTED, True)  # else a quantized model is refused: its coefficients are an adapter, though
+        try:
+            super().__init__(model, *args, **options)
+        finally:
+            setattr(model, ADAPTED, marked)
 
     @property
     def zero_order(self) -> ZeroOrder | None:
