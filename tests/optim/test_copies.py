@@ -43,11 +43,12 @@ def runs_of(model: nn.Module) -> list[Tensor]:
     return inputs
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma3"])
+# GPT-2 looks its positions up once for all sequences: LOZO, which perturbs them, is refused there, see below.
+PAIRS = [(a, m) for a in ("llama", "gpt2", "opt", "gemma3") for m in METHODS if (a, m) != ("gpt2", "LOZO")]
+
+
+@pytest.mark.parametrize(("architecture", "method"), PAIRS)
 def test_the_same_training_in_one_run_a_step(architecture: str, method: str) -> None:
-    if method == "LOZO" and architecture == "gpt2":
-        pytest.skip("its positions are looked up once for all sequences: refused, below")
     batch, trained, losses, forwards = token_batch(batch=3), [], [], []
     for batching in (False, True):
         model = ARCHITECTURES[architecture][0]().double()
