@@ -155,7 +155,18 @@ def test_an_active_dropout_is_refused() -> None:
     AGZO(model.eval(), probe_batching=True).step(lambda: model(FEATURES).mean())
 
 
-def test_a_mixture_of_experts_runs_or_says_why_not() -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", [AGZO, ZOAct])
+def test_a_loss_that_is_not_finite_is_skipped(method: Callable[..., ZeroOrder], bad: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    before, optimizer = model[0].weight.clone(), method(model, lr=0.1, probe_batching=True)
+    optimizer.step(lambda: model(FEATURES).mean() * bad)
+    assert optimizer.counters.skipped == 1 and torch.equal(model[0].weight, before)
+    optimizer.step(lambda: model(FEATURES).square().mean())
+    assert optimizer.counters.skipped == 1 and bool(model(FEATURES).isfinite().all())
+
+
+def test_a_mixture_of_experts_runs_where_its_experts_are_one_weight() -> None:
     model, batch = build(MixtralConfig(**GROUPED, num_local_experts=2)), token_batch(batch=3)
     AGZO(model, probe_batching=True).step(lambda: token_losses(model, batch))
 

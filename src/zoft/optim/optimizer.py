@@ -283,7 +283,7 @@ class ZeroOrder(torch.optim.Optimizer):
         key = (self.seed, self.counters.steps)
 
         def extract(layer: LinearMap, rows: Tensor) -> Basis:
-            return subspace.extract(layer, rows, key, self.bases.get(layer.name))
+            return subspace.extract(rows, key, self.bases.get(layer.name))
 
         return partial(captured, self.model, self.maps, extract, subspace.read_only)
 

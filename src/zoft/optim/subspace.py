@@ -83,7 +83,7 @@ class Activation:
             return renewed_at is None
         return step // self.renew_every != renewed_at // self.renew_every
 
-    def extract(self, layer: LinearMap, rows: Tensor, key: Key, previous: Tensor | None = None) -> Basis:
+    def extract(self, rows: Tensor, key: Key, previous: Tensor | None = None) -> Basis:
         """The basis of input activations `rows` [T, d_in]; the test matrix, of noise stream `key`, is every layer's."""
         return leading_basis(rows, _test_matrix(key, len(rows), self.rank, rows.device), self.power_steps)
 
@@ -115,10 +115,10 @@ class Maintained(Activation):
         if not self.rate > 0:
             raise ValueError(f"rate must be above 0, not {self.rate}")
 
-    def extract(self, layer: LinearMap, rows: Tensor, key: Key, previous: Tensor | None = None) -> Basis:
+    def extract(self, rows: Tensor, key: Key, previous: Tensor | None = None) -> Basis:
         """The basis `previous` [d_in, r] after one step of Oja's rule on `rows` [T, d_in]."""
         if previous is None:
-            return super().extract(layer, rows, key)
+            return super().extract(rows, key)
         pulled = covariance_product(rows, previous)
         energy = pulled.norm(dim=0)
         order = energy.argsort(descending=True)

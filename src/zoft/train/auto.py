@@ -85,11 +85,12 @@ def _has_stream(model: Any, closure: Closure) -> bool:
 def _together_is_faster(config: TrainConfig, model: Any, closure: Closure, wanted: bool) -> bool:
     """Whether an estimate takes less time with all its points in one forward; True if `wanted` and possible."""
     settings = replace(config, lr=0.0, eps=None if config.eps == AUTO else config.eps)
-    ways = [replace(settings, method_options=config.method_options | {BATCHING: way}) for way in (False, True)]
-    seconds: list[list[float]] = [[], []]
+    choices = (True,) if wanted else (False, True)
+    ways = [replace(settings, method_options=config.method_options | {BATCHING: way}) for way in choices]
+    seconds: list[list[float]] = [[] for _ in ways]
     try:
         optimizers = [zero_order_of(way, model) for way in ways]
-        for _ in range(ROUNDS):
+        for _ in range(1 if wanted else ROUNDS):
             for optimizer, taken in zip(optimizers, seconds, strict=True):
                 if optimizer.keeps_coefficients:
                     optimizer.branches.attach()
