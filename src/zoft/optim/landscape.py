@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,11 +126,18 @@ class Landscape:
         """What the closure returns in one more pass, as `losses` has it."""
         self._randomness.rewind()
         self.forwards += 1
-        loss = self.closure()
+        with uncompiled():
+            loss = self.closure()
         loss = loss if isinstance(loss, Loss) else Loss(torch.as_tensor(loss))
         self.error, self.examples = loss.error, loss.examples
         self.losses = loss.values.detach().cpu().double()  # on the CPU: not every device has float64
         return self.losses
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """While open, compiled modules run as they were written: compiled code takes no hook and no lent parameter for sure."""
+    compiling = "torch._dynamo" in sys.modules  # else nothing is compiled, and a second of imports is saved
+    return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 
 
 @dataclass

@@ -17,7 +17,7 @@ from zoft.optim import checkpoint
 from zoft.optim.capture import Basis, captured
 from zoft.optim.check import check_axes, check_numbers, check_probing
 from zoft.optim.estimator import Estimate, Estimator, Probes
-from zoft.optim.landscape import Closure, Landscape
+from zoft.optim.landscape import Closure, Landscape, uncompiled
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
 from zoft.optim.pace import Pace
 from zoft.optim.probe import SideBranches
@@ -210,7 +210,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """
         if not isinstance(self.subspace, Activation):
             raise ValueError(f"{type(self).__name__} takes no basis from activations")
-        with self._capture()(1) as bases:
+        with uncompiled(), self._capture()(1) as bases:
             for closure in closures:
                 closure()
         self.counters.forwards += len(closures)

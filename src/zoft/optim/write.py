@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoft.optim.noise import Key, normal_chunks, stream
 
-ELEMENTS = 1 << 18  # weight elements updated at a time
+ELEMENTS = 1 << 19  # weight elements updated at a time
 PERIOD, GOLDEN = 1 << 16, 40503  # of the dither; its step, the golden section of the period, is odd: all values occur
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's mantissa
 
@@ -29,7 +29,11 @@ def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor, key: Key, decay: 
     rows = max(1, ELEMENTS // weight.shape[1])
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows]
-        exact = _exact(part).addmm_(left[start : start + rows], right.t(), beta=decay)
+        exact, factors = _exact(part), (left[start : start + rows], right.t())
+        if left.shape[1] == 1 and decay == 1:
+            exact.addcmul_(*factors)
+        else:
+            exact.addmm_(*factors, beta=decay)
         part.copy_(_dithered(exact, weight.dtype, start * weight.shape[1], key))
 
 
