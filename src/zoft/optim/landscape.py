@@ -135,7 +135,7 @@ class Landscape:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """While open, compiled modules run as they were written: compiled code takes no hook and no lent parameter for sure."""
+    """While open, compiled modules run as they were written, since compiled code may miss perturbations."""
     compiling = "torch._dynamo" in sys.modules  # else nothing is compiled, and a second of imports is saved
     return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 
