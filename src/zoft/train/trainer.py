@@ -22,9 +22,11 @@ class ZOTrainer(Trainer):
 
     Pass a zoft optimizer as ``optimizers=(zoft.AGZO(model, lr=1e-4), None)``; everything else is the Trainer's own:
     logging, evaluation, checkpoints, resuming, schedulers, callbacks, gradient accumulation. With a first-order
-    optimizer (or none) it is the Trainer unchanged.
+    optimizer (or none) it is the Trainer unchanged. Subclasses of Trainer, such as TRL's, take it as a further base:
+    ``class ZOSFTTrainer(SFTTrainer, ZOTrainer)``.
 
-    The model runs in eval mode while it is probed (dropout would only add noise to the loss differences). Methods
+    All modules but the model itself are in eval mode while it is probed (dropout would only add noise to the loss
+    differences). Methods
     that train coefficients beside frozen weights save a PEFT adapter instead of the weights. Under gradient
     accumulation the estimates of a step's batches are averaged, each from the mean loss of its own batch.
     `batch_loss` is the mean loss of the latest batch.
@@ -58,12 +60,14 @@ class ZOTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
             self.batch_loss = loss * self.current_gradient_accumulation_steps
             return loss
-        model.eval()
+        model.train()  # some trainers prepare training batches differently
         inputs = self._prepare_inputs(inputs)
+        model.eval()
+        model.training = True  # of the root alone: trainers ask it whether this is training
 
         def closure() -> Any:
             with self.compute_loss_context_manager():
-                return self.compute_loss(model, inputs)
+                return self.compute_loss(model, dict(inputs))  # which may take labels out
 
         self.batch_loss = optimizer.estimate(closure)
         return self.batch_loss.to(self.args.device) / self.current_gradient_accumulation_steps
