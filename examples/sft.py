@@ -13,7 +13,7 @@ class ZOSFTTrainer(SFTTrainer, zoft.ZOTrainer):
     """The other trainers of TRL take zoft in the same way: theirs first, then `zoft.ZOTrainer`."""
 
 
-ROWS = [{"prompt": "What colour is the sky?", "completion": " Blue."}, {"prompt": "And grass?", "completion": " Green."}]
+ROWS = [{"prompt": "What colour is the sky?", "completion": " Blue."}, {"prompt": "Of grass?", "completion": " Green."}]
 
 
 def main(name: str = "HuggingFaceTB/SmolLM2-135M-Instruct", folder: str = "runs/sft") -> ZOSFTTrainer:
