@@ -13,6 +13,7 @@ from zoft.cli.bench import bench
 from zoft.cli.demo import demo
 from zoft.cli.doctor import doctor
 from zoft.cli.eval import evaluate
+from zoft.cli.export import export
 from zoft.cli.methods import methods
 from zoft.cli.report import report
 from zoft.cli.tasks import tasks
@@ -32,6 +33,7 @@ app.command(name="eval")(evaluate)
 app.command()(align)
 app.add_typer(bench, name="bench")
 app.command()(doctor)
+app.command()(export)
 app.command()(demo)
 app.command()(report)
 app.command()(methods)

@@ -11,6 +11,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+CONTAINERS = (nn.ParameterDict, nn.ParameterList)
+
 
 class NoLinearLayers(ValueError):
     """The model has no linear layer to train; the message lists the modules it does have."""
@@ -91,7 +93,7 @@ def find_linear_maps(
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "no module at all"
         raise NoLinearLayers(
             f"no trainable linear layer in {type(model).__name__} (found: {found}). Check include/exclude and "
-            "requires_grad, or name modules that map x to y with linear=[...]"
+            "requires_grad, name modules that map x to y with linear=[...], or take MeZO, which needs none"
         )
     return maps
 
@@ -118,10 +120,16 @@ def other_parameters(
 
 
 def owners_of(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[nn.Module, list[str]]]:
-    """Modules that hold some of `parameters` directly, with the names of those; tied ones appear in each."""
+    """Modules that hold some of `parameters`, with the names of those; tied ones appear in each.
+
+    What lies in a ``ParameterDict`` or ``ParameterList``, which is never called, is its parent's.
+    """
     name_of = {id(p): name for name, p in parameters.items()}
     for module in model.modules():
-        names = [name_of[id(p)] for p in module._parameters.values() if id(p) in name_of]
+        if isinstance(module, CONTAINERS):
+            continue
+        holders = [module, *(child for child in module.children() if isinstance(child, CONTAINERS))]
+        names = [name_of[id(p)] for holder in holders for p in holder._parameters.values() if id(p) in name_of]
         if names:
             yield module, names
 

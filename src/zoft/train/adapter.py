@@ -1,52 +1,104 @@
-"""Coefficients as a PEFT adapter: ``x W^T + (x V) C^T`` is LoRA with ``lora_A = V^T`` and ``lora_B = C``."""
+"""Coefficients as a PEFT adapter, and back: ``x W^T + (x V) C^T`` is LoRA with ``lora_A = V^T`` and ``lora_B = C``."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, PeftModel, PeftType, TaskType
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
+from torch import Tensor
 
 from zoft.errors import UserError
 from zoft.optim import ZeroOrder
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # V [d_in, r] and C [d_out, r], float32, by the layer's name
 
 
 def save_adapter(optimizer: ZeroOrder, folder: Path) -> None:
     """Write the optimizer's coefficients as a LoRA adapter (float32) that `peft.PeftModel.from_pretrained` loads.
 
-    ``lora_alpha`` equals the rank, so that PEFT's scaling is 1. A layer whose basis is smaller than the others'
-    (too few tokens, or too narrow an input) has its own rank in ``rank_pattern``.
-
     Raises:
         UserError: there are no coefficients: no estimate was made, or none had a finite loss.
     """
-    trained = {name: factor for name, factor in optimizer.coefficients.items() if name in optimizer.updates}
-    ranks = {name: factor.shape[1] for name, factor in trained.items()}
-    if not ranks:
+    factors = {
+        name: (optimizer.bases[name], factor)
+        for name, factor in optimizer.coefficients.items()
+        if name in optimizer.updates or bool(factor.any())
+    }
+    if not factors:
         raise UserError("there are no coefficients to save: no estimate so far had a finite loss")
+    write_lora(folder, factors, optimizer.model, any(m.transposed for m in optimizer.maps))
+
+
+def write_lora(folder: Path, factors: Factors, base: Any, transposed: bool) -> None:
+    """Write `factors`, which `base` was trained with, as a LoRA adapter of rank r and alpha r: a scaling of 1.
+
+    A layer with another rank than most (too few tokens, or too narrow an input) has its own in ``rank_pattern``.
+    `transposed` says that the layers keep their weights [d_in, d_out].
+    """
+    ranks = {name: basis.shape[1] for name, (basis, _) in factors.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     different = {name: r for name, r in ranks.items() if r != rank}
-    model = optimizer.model
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         rank_pattern=different,
         alpha_pattern=different,
         target_modules=sorted(ranks),
-        fan_in_fan_out=any(m.transposed for m in optimizer.maps),
+        fan_in_fan_out=transposed,
         task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=getattr(model, "name_or_path", None),
+        base_model_name_or_path=getattr(base, "name_or_path", None),
         inference_mode=True,
     )
     tensors = {}
-    for name, factor in trained.items():
+    for name, (basis, factor) in factors.items():
         prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = (
-            optimizer.bases[name].t().cpu().clone(memory_format=torch.contiguous_format)
-        )
-        tensors[f"{prefix}.lora_B.weight"] = factor.cpu().clone()
+        tensors[f"{prefix}.lora_A.weight"] = basis.t().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[f"{prefix}.lora_B.weight"] = factor.cpu().clone(memory_format=torch.contiguous_format)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def take_apart(adapted: PeftModel) -> tuple[Any, Factors]:
+    """The model that `adapted` adds to, and what it adds: V and C of each layer, scaling included.
+
+    Raises:
+        UserError: the adapter is more than a low-rank product beside linear layers.
+    """
+    config = adapted.active_peft_config
+    if config.peft_type != PeftType.LORA or config.use_dora or config.modules_to_save or config.bias != "none":
+        raise UserError(
+            "this adapter is more than LoRA beside linear layers, which zo-act and guided cannot go on from; "
+            "agzo, lozo, mezo and fo-adamw train the adapter's own parameters"
+        )
+    factors: Factors = {}
+    tuned: Any = adapted.base_model.model
+    for name, layer in tuned.named_modules():
+        if isinstance(layer, LoraLayer):
+            down: Any = layer.lora_A
+            up: Any = layer.lora_B
+            for adapter, scale in layer.scaling.items():
+                basis, factor = down[adapter].weight.detach().t(), up[adapter].weight.detach()
+                factors[name] = basis.float().contiguous(), factor.float() * scale
+    model: Any = adapted.unload()
+    for parameter in model.parameters():  # the adapter has frozen them
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model, factors
+
+
+def start_from(optimizer: ZeroOrder, factors: Factors) -> None:
+    """Begin with an adapter's bases V and coefficients C; `optimizer` keeps coefficients and has made no estimate yet.
+
+    Raises:
+        UserError: the adapter has a layer that `optimizer` does not train.
+    """
+    foreign = factors.keys() - {m.name for m in optimizer.maps}
+    if foreign:
+        raise UserError(f"the adapter adds to layer {min(foreign)!r}, which this method does not train")
+    optimizer.set_bases({name: basis for name, (basis, _) in factors.items()})
+    optimizer.coefficients.update({name: factor for name, (_, factor) in factors.items()})

@@ -24,12 +24,13 @@ class Guard:
         self._folder = Path(str(trainer.args.output_dir))
 
     def keep_initial(self) -> None:
-        """Keep the initial state on the disk; coefficients need none, they begin with zero."""
+        """Keep the initial state on the disk."""
         trainer, folder = self._trainer, self._folder / INITIAL
         assert trainer.optimizer is not None
         if not trainer._saves_adapter:
             trainer.save_model(str(folder))
-            torch.save(trainer.optimizer.state_dict(), folder / OPTIMIZER_STATE)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(trainer.optimizer.state_dict(), folder / OPTIMIZER_STATE)
 
     def back_off(self, step: int) -> str:
         """Go back to a state of before `step`, cut the learning rate, and say both in words."""
@@ -47,18 +48,12 @@ class Guard:
         return f"back to {place}, lr {old[0]:.2g} -> {new[0]:.2g}"
 
     def _go_back(self, step: int) -> str:
-        state, zero_order = self._trainer.state, self._trainer.zero_order
+        state = self._trainer.state
         best = self._folder / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and state.best_global_step < step and best.is_dir():
             self._load(best)
             return f"step {state.best_global_step}"
-        if zero_order and zero_order.keeps_coefficients:
-            for factor in zero_order.coefficients.values():
-                factor.zero_()
-            for memory in zero_order.updates.values():
-                memory.clear()
-        else:
-            self._load(self._folder / INITIAL)
+        self._load(self._folder / INITIAL)
         state.best_global_step = state.best_metric = state.best_model_checkpoint = None  # of after the trouble began
         return "the start"
 

@@ -24,9 +24,11 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", device: str | None = None
+    name: str, *, dtype: str = "auto", device: str | None = None, trainable: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model `name`, in eval mode, and its tokenizer, padding on the left.
+
+    If it is an adapter on a model, the adapter's parameters are the only ones that may be trained, if `trainable`.
 
     `name` is a hub id, a folder of transformers, a PEFT adapter or a run of ``zoft train``, a ``.gguf`` file
     (converted to bfloat16 once, then cached), or ``demo``. `dtype` is ``auto`` (the checkpoint's own) or the
@@ -39,7 +41,7 @@ def load_model(
         raise UserError(f"unknown dtype {dtype!r}; {near_miss(dtype, DTYPES)}")
     place, target = resolve(name), find_device(device)
     try:
-        model, tokenizer, missing = _read(place, DTYPES[dtype])
+        model, tokenizer, missing = _read(place, DTYPES[dtype], trainable)
     except UserError:
         raise
     except Exception as error:  # whatever the hub and the readers of all formats may raise
@@ -57,7 +59,7 @@ def load_model(
     return model.to(target).eval(), tokenizer
 
 
-def _read(place: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase, set[str]]:
+def _read(place: str, dtype: Any, trainable: bool) -> tuple[Any, PreTrainedTokenizerBase, set[str]]:
     """Model, tokenizer, and the names of weights that the checkpoint does not have."""
     if not (Path(place) / "adapter_config.json").is_file():
         loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True)
@@ -66,8 +68,8 @@ def _read(place: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase, set[str
     from peft import PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(place).base_model_name_or_path
-    model, tokenizer, missing = _read(resolve(str(base)), dtype)
-    return PeftModel.from_pretrained(model, place), tokenizer, missing
+    model, tokenizer, missing = _read(resolve(str(base)), dtype, trainable)
+    return PeftModel.from_pretrained(model, place, is_trainable=trainable), tokenizer, missing
 
 
 def resolve(name: str) -> str:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from zoft.errors import UserError
 from zoft.optim import METHODS, ZeroOrder
@@ -110,6 +110,8 @@ def build(config: TrainConfig, model: Any) -> tuple[Any, torch.optim.Optimizer]:
     options: dict[str, Any] = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay}
     try:
         if config.method == "lora":
+            if isinstance(model, PeftModel):
+                raise ValueError("the model is an adapter already: fo-adamw trains it")
             lora = LoraConfig(
                 r=options.pop("rank"),
                 lora_alpha=options.pop("alpha"),

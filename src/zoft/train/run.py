@@ -9,15 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from zoft import __version__
 from zoft.data import Encoder, Row, Task, TaskDataset, hold_out, load_rows, sample
 from zoft.errors import UserError
-from zoft.optim import EstimateWarning, NoStream
+from zoft.optim import EstimateWarning, NoStream, ZeroOrder
 from zoft.optim.landscape import Closure
 from zoft.report import write_report
+from zoft.train.adapter import Factors, start_from, take_apart
 from zoft.train.arguments import training_arguments
 from zoft.train.auto import BATCHES, settle
 from zoft.train.batches import task_batches, task_closures
@@ -27,12 +29,12 @@ from zoft.train.files import read_json, write_json
 from zoft.train.guard import INITIAL
 from zoft.train.memory import peak_memory_bytes
 from zoft.train.models import load_model, room
-from zoft.train.optimizers import build
+from zoft.train.optimizers import AUTO, build
 from zoft.train.task_trainer import TaskTrainer
 from zoft.train.watch import Watch
 
 EXAMPLES_SHOWN = 6
-ADAPTER_METHODS = ("zo-act", "guided", "lora")  # what they save is small
+COEFFICIENTS = ("zo-act", "guided", AUTO)  # methods that train them
 FIRST_ORDER_STEP = 3  # forwards that a forward and a backward cost
 
 
@@ -53,7 +55,11 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         raise UserError(f"{out} holds a run already: choose another --out, or continue it with --resume {out}")
     rows = load_splits(config, task)
     console.print(f"loading {config.model}")
-    model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device)
+    model: Any
+    model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device, trainable=True)
+    adapter: Factors = {}
+    if config.method in COEFFICIENTS and isinstance(model, PeftModel):
+        model, adapter = take_apart(model)
     encoder = Encoder(tokenizer, task, room(model, task, config.max_length))
     data = {split: TaskDataset(some, encoder) for split, some in rows.items()}
     set_seed(config.seed)
@@ -66,8 +72,11 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     if measured is not None and measured.lr is None:
         console.print("the loss does not curve upwards here, so lr cannot be measured: the method's own is taken")
     model, optimizer = build(config, model)
+    if isinstance(optimizer, ZeroOrder) and adapter:
+        start_from(optimizer, adapter)
     args = training_arguments(config, task, str(out))
-    _require_space(config, model, out)
+    if not (isinstance(model, PeftModel) or (isinstance(optimizer, ZeroOrder) and optimizer.keeps_coefficients)):
+        _require_space(config, model, out)
 
     def forwards(step: int) -> int:
         zero_order = trainer.zero_order
@@ -196,8 +205,6 @@ def _checkpoint(out: Path) -> str | None:
 
 def _require_space(config: TrainConfig, model: Any, out: Path) -> None:
     """Raises UserError if the checkpoints and the result will not fit on the disk."""
-    if config.method in ADAPTER_METHODS:
-        return
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     # The best, the next best while it is written, the result; the last; the initial one.
     needed = size * (3 + (config.save_steps is not None) + config.guard)

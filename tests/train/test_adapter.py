@@ -1,0 +1,97 @@
+"""Training that begins with a PEFT adapter: its own parameters, or coefficients that go on from it."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor
+
+import zoft
+from optim.models import changed, llama, snapshot, token_batch
+from zoft.errors import UserError
+from zoft.train.adapter import save_adapter, start_from, take_apart
+
+RANDOM = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+LINEAR = ["k_proj", "v_proj", "down_proj"]
+
+
+def lora(**options: Any) -> PeftModel:
+    """The tiny model with an adapter that is not zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        adapted = get_peft_model(llama(), LoraConfig(r=3, lora_alpha=6, **RANDOM | options))
+    return adapted.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(**token_batch()).logits
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}])
+@pytest.mark.parametrize("method", [zoft.ZOAct, zoft.Guided])
+def test_coefficients_begin_with_the_adapter(method: Any, options: dict[str, Any]) -> None:
+    expected = logits(lora(**options))
+    model, factors = take_apart(lora(**options))
+    assert not torch.allclose(logits(model), expected, atol=1e-3)
+    start_from(method(model, lr=1e-3, exclude=()), factors)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+def test_what_was_learned_before_is_saved_again(tmp_path: Path) -> None:
+    """Layers that the second training does not reach keep what the first has added."""
+    model, factors = take_apart(lora())
+    optimizer, batch = zoft.Guided(model, lr=1e-3), token_batch()
+    start_from(optimizer, factors)
+    for _ in range(2):
+        optimizer.step(lambda: zoft.cross_entropy(model(**batch).logits, batch["labels"]))
+    save_adapter(optimizer, tmp_path)
+    saved = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert torch.allclose(logits(saved), logits(model), atol=1e-5)
+    assert not torch.allclose(logits(saved), logits(lora()), atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}])
+def test_coefficients_are_plain_lora(options: dict[str, Any]) -> None:
+    targets = {} if "modules_to_save" not in options else {"target_modules": LINEAR}
+    with pytest.raises(UserError, match="more than LoRA"):
+        take_apart(lora(**options, **targets))
+
+
+def test_every_layer_of_the_adapter_is_trained() -> None:
+    model, factors = take_apart(lora())
+    with pytest.raises(UserError, match=r"'model\.layers\.0\.mlp\.down_proj', which"):
+        start_from(zoft.ZOAct(model, exclude=("*.down_proj",)), factors)
+
+
+@pytest.mark.parametrize("method", [zoft.AGZO, zoft.LOZO, zoft.MeZO])
+def test_an_adapters_own_parameters(method: Any) -> None:
+    model = lora()
+    before, batch = snapshot(model), token_batch()
+    optimizer = method(model, lr=1e-3)
+    for _ in range(2):
+        optimizer.step(lambda: model(**batch).loss)
+    moved = changed(model, before)
+    assert moved == {name for name in before if "lora_" in name}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=LINEAR, feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+        PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    ],
+)
+def test_mezo_trains_other_adapters(config: Any) -> None:
+    model = get_peft_model(llama(), config).eval()
+    before, batch = snapshot(model), token_batch()
+    optimizer = zoft.MeZO(model, lr=1e-3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not read through their own module")
+        optimizer.step(lambda: model(**batch).loss)
+    assert optimizer.counters.zero == 0
+    assert changed(model, before) == {name for name, p in model.named_parameters() if p.requires_grad}
