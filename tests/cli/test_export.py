@@ -85,7 +85,8 @@ def test_gguf_lora(method: str, run: Callable[[str], Path], zoft: Callable[..., 
     assert zoft("export", folder, "--to", "peft", "--out", peft).code == 0
     reader = gguf.GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    assert (fields["general.architecture"], fields["general.type"], fields["adapter.type"]) == ("llama", "adapter", "lora")
+    kind = [fields[name] for name in ("general.architecture", "general.type", "adapter.type")]
+    assert kind == ["llama", "adapter", "lora"]
     found = {tensor.name: tensor.data for tensor in reader.tensors}
     saved = load_file(peft / "adapter_model.safetensors")
     assert len(found) == len(saved)
