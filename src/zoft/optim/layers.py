@@ -44,7 +44,13 @@ class LinearMap:
         """W [d_out, d_in] as a plain tensor, made anew from a quantized one; None if there is no way to read it."""
         if self.weight is not None:
             return self.weight.t() if self.transposed else self.weight
-        weight = dequantized(getattr((*self.modules, *self.lookups)[0], "weight", None))
+        module = (*self.modules, *self.lookups)[0]
+        weight: Any = getattr(module, "weight", None)
+        state: Any = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):  # bitsandbytes has laid it out anew, for its forward alone
+            units = torch.eye(self.d_in, dtype=state.dtype)
+            return (module.forward(units) - module.forward(torch.zeros_like(units[:1]))).t()
+        weight = dequantized(weight)
         return weight if weight is not None and weight.shape == (self.d_out, self.d_in) else None
 
 

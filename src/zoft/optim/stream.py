@@ -92,7 +92,7 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
     scale = _ratio(calls[-1].y, head.y) if head is not None else None
     if head is None or scale is None:
         raise NoStream(f"the output of {type(model).__name__} does not come straight from a linear head")
-    if maps[head.name].dense_weight() is None:
+    if not _readable(head, maps):
         raise NoStream(f"the weight of the head {head.name!r} cannot be read")
     norm, stream = _norm_before(head.x, inner)
     if norm is None:
@@ -185,16 +185,25 @@ def _feed_forward(
         if _parameters(act.module) or act.y.shape != down.x.shape:
             continue
         gate = next((c for c in calls if c.name in maps and _same(c.y, act.x)), None)
-        if gate is None or maps[gate.name].dense_weight() is None or maps[down.name].dense_weight() is None:
+        if gate is None or not (_readable(gate, maps) and _readable(down, maps)):
             continue
         ups = [c for c in calls if c.name in maps and c is not gate and _same(c.x, gate.x) and c.y.shape == act.y.shape]
-        up = next((c for c in ups if _same(act.y * c.y, down.x) and maps[c.name].dense_weight() is not None), None)
+        up = next((c for c in ups if _same(act.y * c.y, down.x) and _readable(c, maps)), None)
         if up is None and not _same(act.y, down.x):
             continue
         norm, _ = _norm_before(gate.x, calls)
         if norm is not None or any(_close(gate.x, state) for state in states):
             return FeedForward(norm, maps[gate.name], maps[up.name] if up else None, act.module, maps[down.name])
     return None
+
+
+def _readable(call: _Call, maps: dict[str, LinearMap]) -> bool:
+    """Whether the map's weight can be read, and does to the rows of `call` what the map itself does."""
+    weight = maps[call.name].dense_weight()
+    if weight is None:
+        return False
+    own = _exact(call.module.forward(call.x)) - _exact(call.module.forward(torch.zeros_like(call.x)))
+    return bool((_exact(call.x.to(weight.dtype) @ weight.t()) - own).norm() <= 0.1 * own.norm())
 
 
 def _norm_before(x: Tensor, calls: list[_Call]) -> tuple[Norm | None, Tensor]:
