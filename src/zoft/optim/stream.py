@@ -84,6 +84,8 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
     """
     with _recorded(model) as calls:
         forward()
+    if not calls or calls[-1].name:
+        raise NoStream(f"{type(model).__name__} does not return logits at the positions of its tokens")
     if not bool(calls[-1].y.isfinite().all()):
         return None
     inner = [call for call in calls if call.name]

@@ -1,0 +1,34 @@
+"""The table of architectures: AGZO's cosine is the theorem's on every kind of model, and guided finds the streams."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("architectures", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TABLE = load()
+CAUSAL = [name for name, (kind, _) in TABLE.MODELS.items() if kind is TABLE.CAUSAL]
+
+
+@pytest.mark.parametrize("name", TABLE.MODELS)
+def test_row(name: str) -> None:
+    row = TABLE.measure(name, estimates=40)
+    assert 0 < row["caught"] < 1
+    if "experts" not in name:  # a probe may change a token's experts, which is a jump of the loss
+        assert row["linear"] > 0.3
+        assert abs(row["agzo"] - row["predicted"]) < 4 * row["error"]
+    if name in CAUSAL:
+        assert row["guided"] > 0.1
+    else:
+        assert row["guided"] is None and row["why"]
