@@ -19,6 +19,9 @@ def train(
     ] = None,
     task: common.TaskName = None,
     data: common.Data = None,
+    objective: Annotated[
+        str | None, typer.Option(help="What to train for: the loss, or a metric of the task, such as accuracy or f1.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="auto, one of *zoft methods*, or fo-sgd, fo-adamw, lora.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimizer.")] = None,
     lr: Annotated[str | None, typer.Option(help="Learning rate, or auto: measure it. Default: the method's.")] = None,
@@ -68,6 +71,7 @@ def train(
         "model": model,
         "task": task,
         "data": str(data) if data else None,
+        "objective": objective,
         "method": method,
         "steps": steps,
         "lr": lr,

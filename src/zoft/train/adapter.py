@@ -24,11 +24,9 @@ def save_adapter(optimizer: ZeroOrder, folder: Path) -> None:
     Raises:
         UserError: there are no coefficients: no estimate was made, or none had a finite loss.
     """
-    factors = {
-        name: (optimizer.bases[name], factor)
-        for name, factor in optimizer.coefficients.items()
-        if name in optimizer.updates or bool(factor.any())
-    }
+    known = optimizer.coefficients
+    trained = [name for name, factor in known.items() if name in optimizer.updates or bool(factor.any())]
+    factors = {name: (optimizer.bases[name], known[name]) for name in trained or known}  # none may have moved yet
     if not factors:
         raise UserError("there are no coefficients to save: no estimate so far had a finite loss")
     write_lora(folder, factors, optimizer.model, any(m.transposed for m in optimizer.maps))

@@ -17,6 +17,7 @@ from zoft.train.models import DTYPES, find_device
 from zoft.train.optimizers import AUTO, FIRST_ORDER, method_options, require_method, usual_schedule
 from zoft.train.values import as_type, near_miss
 
+LOSS = "loss"
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")
 
 
@@ -27,7 +28,7 @@ class TrainConfig:
     None for `lr`, `eps` and `schedule` means the method's own default; no `out`, a new folder of ``runs/`` named after
     task and method. What is ``"auto"`` is settled once the model is there (`zoft.train.auto`). With `seconds`, training
     ends after so many seconds of its steps, if not after `steps` before, and evaluates then; with `eval_seconds`, every
-    so many seconds as well.
+    so many seconds as well. `objective` is what is trained for: the loss, or a metric of the task itself.
     """
 
     model: str
@@ -38,6 +39,7 @@ class TrainConfig:
     label: str | None = None
     metric: str | None = None
 
+    objective: str = LOSS
     method: str = AUTO
     lr: Literal["auto"] | float | None = None
     eps: Literal["auto"] | float | None = None
@@ -103,6 +105,19 @@ class TrainConfig:
             return load_task(self.task)
         words = parse_words(self.words) if self.words is not None else None
         return custom_task(self.template, words, self.label, self.metric)
+
+    def check_objective(self, task: Task) -> None:
+        """Raises UserError if the objective is no metric of single examples, or the method has to know its slope."""
+        if self.objective == LOSS:
+            return
+        names = [LOSS, *(name for name in (task.metric, *task.also) if name != "matthews")]
+        if self.objective not in names:
+            raise UserError(f"unknown objective {self.objective!r} of {task.title}; {near_miss(self.objective, names)}")
+        if self.method in (AUTO, "guided", *FIRST_ORDER) or AUTO in (self.lr, self.eps):
+            raise UserError(
+                f"objective {self.objective} has no slope: choose a method with probes (--method zo-act, agzo, ...) "
+                "and leave neither lr nor eps to auto"
+            )
 
     def save(self, path: Path) -> None:
         """Write every field as YAML."""

@@ -50,6 +50,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         UserError: anything the user can mend.
     """
     task, out = config.load_task(), Path(config.out)
+    config.check_objective(task)
     checkpoint = _checkpoint(out) if resume else None
     if not resume and (out / "config.yaml").exists():
         raise UserError(f"{out} holds a run already: choose another --out, or continue it with --resume {out}")
@@ -90,6 +91,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         task,
         args,
         config.save_steps,
+        config.objective,
         train_dataset=data["train"],
         eval_dataset=data["dev"],
         optimizers=(optimizer, None),

@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zoft.data import Collator, Task, choose, examples, losses, read_candidates, read_logits, score, slope
 from zoft.optim import Loss
+from zoft.train.config import LOSS
 from zoft.train.trainer import ZOTrainer
 
 
@@ -51,6 +52,9 @@ class EpochSampler(Sampler[int]):
 class TaskTrainer(ZOTrainer):
     """A `ZOTrainer` whose loss, batches and metrics are a task's.
 
+    It trains for the task's loss, or for another `objective`, one of its metrics: then the loss of an example is one
+    minus that metric of what is predicted for it, as in an evaluation.
+
     After an evaluation, `predictions` holds what was predicted, by row number: a candidate's index or a text. With
     ``args.save_strategy="best"``, checkpoints are saved at a new best and, if `save_steps` is given, every so many
     steps (where it is evaluated) and at the end.
@@ -63,16 +67,16 @@ class TaskTrainer(ZOTrainer):
         task: Task,
         args: TrainingArguments,
         save_steps: int | None = None,
+        objective: str = LOSS,
         **rest: Any,
     ) -> None:
         self.task, self.tokenizer, self.save_steps = task, tokenizer, save_steps
+        self.objective: str = objective
         self.predictions: dict[int, int | str] = {}
-        self._collate = {
-            "train": Collator(tokenizer.pad_token_id, "train"),
-            "eval": Collator(tokenizer.pad_token_id, "eval"),
-            "generate": Collator(tokenizer.pad_token_id, "generate"),
-        }
-        super().__init__(model, args, data_collator=self._collate["train"], processing_class=tokenizer, **rest)
+        pad = tokenizer.pad_token_id
+        self._predict = Collator(pad, "generate" if task.kind == "generation" else "eval")
+        collate = Collator(pad, "train") if objective == LOSS else self._predict
+        super().__init__(model, args, data_collator=collate, processing_class=tokenizer, **rest)
 
         self.remove_callback(PrinterCallback)  # it prints on standard output
         self.model_accepts_loss_kwargs = False  # the loss below is a batch's mean, whatever a step accumulates
@@ -88,8 +92,7 @@ class TaskTrainer(ZOTrainer):
         return sorted(range(len(eval_dataset)), key=lambda index: -eval_dataset.lengths[index])
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        training = self.data_collator
-        self.data_collator = self._collate["generate" if self.task.kind == "generation" else "eval"]
+        training, self.data_collator = self.data_collator, self._predict
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -105,6 +108,8 @@ class TaskTrainer(ZOTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of each example [B] and its slope for a zeroth-order optimizer, their mean for a first-order one."""
+        if self.objective != LOSS:
+            return self._shortfall(model, inputs)
         logits = read_logits(model, inputs)
         loss: Any = losses(logits, inputs)
         loss = loss.mean() if self.zero_order is None else Loss(loss, partial(slope, logits, inputs), examples(inputs))
@@ -120,6 +125,13 @@ class TaskTrainer(ZOTrainer):
                 return None, self._generate(inputs), inputs["index"]
             logits, batch = read_candidates(model, inputs)
             return losses(logits, batch).mean(), choose(logits, batch), inputs["index"]
+
+    def _shortfall(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """One minus the objective, of each example [B]."""
+        dataset: Any = self.train_dataset
+        _, found, index = self.prediction_step(model, inputs, prediction_loss_only=False)
+        pairs = zip(self._decode(found.cpu().numpy()), index.tolist(), strict=True)
+        return torch.tensor([1 - score(self.task, [guess], [dataset.rows[i]])[self.objective] for guess, i in pairs])
 
     def _generate(self, inputs: dict[str, Tensor]) -> Tensor:
         model: Any = self.model
