@@ -29,7 +29,7 @@ Words = Annotated[str | None, typer.Option(help="Your own task: label words, suc
 Label = Annotated[str | None, typer.Option(help="Your own task: the column of the label, or of the completion.")]
 Metric = Annotated[str | None, typer.Option(help="Your own task: accuracy, matthews, exact_match, f1, number_match.")]
 Out = Annotated[Path | None, typer.Option(help="The run folder. Default: a new one in runs/.")]
-Dtype = Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Dtype = Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16, or int8, nf4.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0. Default: the accelerator, if there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 

