@@ -1,8 +1,6 @@
 """The scripts of examples/, each run as it is on a tiny model."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -10,18 +8,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from optim.models import changed, snapshot
+from scripts import load
 from train.tiny import FAMILIES, TOKENIZER, build
 from zoft import ZOTrainer
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +23,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_plain_loop(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    losses = example("plain_loop").main(tiny, steps=30)
+    losses = load("examples/plain_loop.py").main(tiny, steps=30)
     assert losses[-1] < losses[0]
     assert "with 60 forwards" in capsys.readouterr().out
 
 
 def test_accelerate_loop(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(example("accelerate_loop").main(tiny)) == 8
+    assert len(load("examples/accelerate_loop.py").main(tiny)) == 8
     assert "steps=4, forwards=16, skipped=0, zero=0" in capsys.readouterr().out
 
 
 def test_trainer(tiny: str, tmp_path: Path) -> None:
-    trainer = example("trainer").main(tiny, str(tmp_path))
+    trainer = load("examples/trainer.py").main(tiny, str(tmp_path))
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses[-1] < losses[0]
     tokens = torch.arange(10).view(1, -1)
@@ -56,7 +45,7 @@ def test_trainer(tiny: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
 def test_trl(name: str, tiny: str, tmp_path: Path) -> None:
-    trainer: ZOTrainer = example(name).main(tiny, str(tmp_path))
+    trainer: ZOTrainer = load(f"examples/{name}.py").main(tiny, str(tmp_path))
     optimizer = trainer.zero_order
     assert optimizer is not None
     assert (optimizer.counters.steps, optimizer.counters.forwards, optimizer.counters.zero) == (20, 40, 0)

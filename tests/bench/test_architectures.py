@@ -1,23 +1,10 @@
 """The table of architectures: AGZO's cosine is the theorem's on every kind of model, and guided finds the streams."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
+from scripts import load
 
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("architectures", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TABLE = load()
+TABLE = load("benchmarks/architectures.py")
 CAUSAL = [name for name, (kind, _) in TABLE.MODELS.items() if kind is TABLE.CAUSAL]
 
 
