@@ -28,7 +28,7 @@ def test_points_and_plot(memory: Callable[..., Outcome], tmp_path: Path) -> None
         ("guided", "bfloat16"),
         ("mezo-published", "bfloat16"),
         ("fo-adamw", "float32"),
-        ("lora+checkpointing", "float32"),
+        ("lora+checkpointing", "bfloat16"),
     ],
 )
 def test_one_point(row: str, dtype: str, zoft: Callable[..., Outcome], model: Path) -> None:

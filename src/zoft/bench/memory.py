@@ -9,7 +9,8 @@ On an accelerator its allocator counts. On the CPU the resident set does, and th
 - glibc keeps what is freed, so that a peak shows the past: `ALLOCATOR` has it give all larger blocks back at once.
   That costs time, so nothing is timed here.
 
-Methods run as `zoft train` runs them: first-order references hold float32 weights and compute in bfloat16.
+Methods run as `zoft train` runs them: first-order references hold float32 weights (LoRA beside its
+adapter the checkpoint's) and compute in bfloat16.
 """
 
 from __future__ import annotations
