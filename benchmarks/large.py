@@ -1,4 +1,4 @@
-"""A model that first-order training cannot fit: 1.5 billion parameters within 8 GiB, which the operating system enforces.
+"""A model that first-order training cannot fit: 1.5 billion parameters within 8 GiB, as the operating system enforces.
 
     python benchmarks/large.py
 

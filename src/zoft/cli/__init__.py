@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 
@@ -19,6 +20,8 @@ from zoft.cli.report import report
 from zoft.cli.tasks import tasks
 from zoft.cli.train import train
 from zoft.errors import UserError
+
+BACKENDS = ("torchao", "bitsandbytes", "torch.utils._pytree")  # PEFT imports them, where they are, and they talk
 
 app = typer.Typer(
     name="zoft",
@@ -42,6 +45,8 @@ app.command()(tasks)
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
+    for name in BACKENDS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:

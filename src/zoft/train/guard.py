@@ -48,12 +48,15 @@ class Guard:
         return f"back to {place}, lr {old[0]:.2g} -> {new[0]:.2g}"
 
     def _go_back(self, step: int) -> str:
-        state = self._trainer.state
+        state, zero_order = self._trainer.state, self._trainer.zero_order
         best = self._folder / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and state.best_global_step < step and best.is_dir():
             self._load(best)
             return f"step {state.best_global_step}"
+        bases = dict(zero_order.bases) if zero_order else {}
         self._load(self._folder / INITIAL)
+        if zero_order and zero_order.keeps_coefficients and not zero_order.bases:
+            zero_order.set_bases(bases)  # with coefficients of zero, which can be saved
         state.best_global_step = state.best_metric = state.best_model_checkpoint = None  # of after the trouble began
         return "the start"
 
