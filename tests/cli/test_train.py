@@ -140,3 +140,10 @@ def test_keeping_an_earlier_checkpoint_does_not_forget_what_the_run_cost(train: 
     summary = train("--method", "zo-act", "--lr", 10.0, "--json", steps=8).json()
     assert summary["best_step"] < 8
     assert summary["forwards"] == 16
+
+
+def test_training_for_nothing_is_said(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    done = train("--method", "agzo", "--lr", "0")
+    assert done.code == 0 and "nothing was better than before training" in " ".join(done.out.split())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["initial_dev"] == summary["best_dev"]

@@ -110,8 +110,8 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         write_json(out / "diagnosis.json", asdict(measured))
     if checkpoint is None:
         log.path.unlink(missing_ok=True)
-        write_json(out / "initial.json", validate())
-        trainer.evaluate()
+        before = validate() | {"dev": trainer.evaluate()[f"eval_{task.metric}"]}
+        write_json(out / "initial.json", before)
     initial = read_json(out / "initial.json")
     console.print(f"{task.title}: {task.metric} {initial['metrics'][task.metric]:.3f} before training")
     console.print(
@@ -136,6 +136,8 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         trainer.state.best_model_checkpoint = str(best_folder)
         trainer._load_best_model()
         best = validate()
+    if trainer.state.best_metric is None or trainer.state.best_metric <= initial["dev"]:
+        console.print(f"on the held-out rows nothing was better than before training ({initial['dev']:.3f})")
     _save_result(trainer, out)
     summary = {
         "task": task.name,
@@ -152,6 +154,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         "best": best["metrics"][task.metric],
         "metrics": {name: [initial["metrics"][name], best["metrics"][name]] for name in initial["metrics"]},
         "best_step": trainer.state.best_global_step,
+        "initial_dev": initial["dev"],
         "best_dev": trainer.state.best_metric,
         "seconds": round(log.seconds, 3),
         "seconds_per_step": round(log.seconds / steps, 4),
