@@ -55,4 +55,4 @@ def test_the_package_that_is_missing_is_named(train: Callable[..., Outcome], mon
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else find(name))
     done = train("--method", "zo-act", "--dtype", "int8")
-    assert done.code == 2 and "dtype int8 needs torchao: pip install 'zoft[quantized]'" in done.err
+    assert done.code == 2 and "dtype int8 needs torchao: pip install torchao" in done.err

@@ -71,7 +71,7 @@ def _loaded_as(dtype: str) -> dict[str, Any]:
         return {"dtype": dtype}
     package = QUANTIZED[dtype]
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"dtype {dtype} needs {package}: pip install 'zoft[quantized]'")
+        raise UserError(f"dtype {dtype} needs {package}: pip install {package}")
     config: Any
     if dtype == "nf4":
         config = transformers.BitsAndBytesConfig(
