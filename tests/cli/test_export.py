@@ -1,5 +1,6 @@
 """``zoft export``: what comes out computes what the run computed."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,18 @@ def test_mistakes(run: Callable[[str], Path], zoft: Callable[..., Outcome], mode
     done = zoft("export", model, "--to", "peft", "--base", model, "--out", tmp_path / "new")
     assert done.code == 2 and "no linear layer" in done.err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_lora_file_is_whole_or_not_there(
+    run: Callable[[str], Path], zoft: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up while it is written."""
+
+    def full(writer: gguf.GGUFWriter) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = run("zo-act")
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    done = zoft("export", folder, "--to", "gguf-lora", "--out", tmp_path / "files" / "lora.gguf")
+    assert done.code == 2 and "No space left" in done.err
+    assert list((tmp_path / "files").iterdir()) == []

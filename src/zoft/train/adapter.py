@@ -71,8 +71,8 @@ def take_apart(adapted: PeftModel) -> tuple[Any, Factors]:
     config = adapted.active_peft_config
     if config.peft_type != PeftType.LORA or config.use_dora or config.modules_to_save or config.bias != "none":
         raise UserError(
-            "this adapter is more than LoRA beside linear layers, which zo-act and guided cannot go on from; "
-            "agzo, lozo, mezo and fo-adamw train the adapter's own parameters"
+            "this adapter is more than LoRA beside linear layers: zo-act and guided cannot go on from it, and it "
+            "cannot be exported; agzo, lozo, mezo and fo-adamw train its own parameters"
         )
     factors: Factors = {}
     tuned: Any = adapted.base_model.model

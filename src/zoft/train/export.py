@@ -142,11 +142,14 @@ def to_gguf(found: Learned, file: Path) -> None:
         scale = basis.shape[1] / rank  # llama.cpp multiplies by alpha / r, of each layer
         writer.add_tensor(f"{name}.weight.lora_a", basis.t().contiguous().numpy())
         writer.add_tensor(f"{name}.weight.lora_b", (factor * scale).contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(partial, file)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _reordered(layer: str, rows: Tensor, config: Any) -> Tensor:

@@ -136,9 +136,10 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         trainer.state.best_model_checkpoint = str(best_folder)
         trainer._load_best_model()
         best = validate()
-    if trainer.state.best_metric is None or trainer.state.best_metric <= initial["dev"]:
-        console.print(f"on the held-out rows nothing was better than before training ({initial['dev']:.3f})")
     _save_result(trainer, out)
+    start, found = initial.get("dev"), trainer.state.best_metric  # no start in a run that an earlier version began
+    if start is not None and (found is None or found <= start):
+        console.print(f"on the held-out rows nothing was better than before training ({start:.3f})")
     summary = {
         "task": task.name,
         "model": config.model,
@@ -154,7 +155,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         "best": best["metrics"][task.metric],
         "metrics": {name: [initial["metrics"][name], best["metrics"][name]] for name in initial["metrics"]},
         "best_step": trainer.state.best_global_step,
-        "initial_dev": initial["dev"],
+        "initial_dev": start,
         "best_dev": trainer.state.best_metric,
         "seconds": round(log.seconds, 3),
         "seconds_per_step": round(log.seconds / steps, 4),
