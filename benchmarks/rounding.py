@@ -4,7 +4,7 @@
 
 500 AGZO steps on SmolLM2-135M-Instruct in bfloat16 (SST-2, batches of 16, lr 1e-4). Beside the weights, which are
 written with stochastic rounding, a copy takes the same updates by a plain in-place addition, which rounds to the
-nearest, and a float32 sum takes them exactly. Of each kind of write: the share of the intended update that the
+nearest, another in sums of 16 (`fold_every`), rounded stochastically, and a float32 sum takes them exactly. Of each kind of write: the share of the intended update that the
 weights have moved, ``<moved, intended> / |intended|^2``, over all linear layers, and the size of what else they have
 moved, over the intended update's. Writes results/rounding.json.
 """
@@ -12,6 +12,7 @@ moved, over the intended update's. Writes results/rounding.json.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor
 
 import zoft
 from zoft.data import load_rows, load_task, sample
+from zoft.optim.pending import Pending
 from zoft.optim.write import add_low_rank_
 from zoft.train import load_model, task_batches, task_closures
 from zoft.train.files import write_json
 
-STEPS, BATCH, LR, EVERY = 500, 16, 1e-4, 50
+STEPS, BATCH, LR, EVERY, FOLD_EVERY = 500, 16, 1e-4, 50, 16
 
 
 def compare(start: dict[str, Tensor], now: dict[str, Tensor], intended: dict[str, Tensor]) -> dict[str, float]:
@@ -51,6 +53,8 @@ def main() -> None:
     weights = {m.name: m.weight.data for m in optimizer.maps if m.weight is not None}
     start = {name: weight.clone() for name, weight in weights.items()}
     plain = {name: weight.clone() for name, weight in weights.items()}
+    folded = {name: weight.clone() for name, weight in weights.items()}
+    folded_maps, pending = [replace(m, weight=folded[m.name]) for m in optimizer.maps], Pending()
     intended = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     course = []
     for step, closure in enumerate(closures, start=1):
@@ -61,13 +65,18 @@ def main() -> None:
             left, basis = -LR * factor, optimizer.bases[name]
             add_low_rank_(weights[name], left, basis, (0, step, name))
             plain[name] += (left @ basis.t()).to(plain[name].dtype)
+            pending.add(name, left, basis, 1.0)
             intended[name].addmm_(left, basis.t())
+        pending.end_step()
+        if pending.steps == FOLD_EVERY or step % EVERY == 0:
+            pending.write(folded_maps, (0, step))
         if step % EVERY == 0:
             course.append(
                 {
                     "step": step,
                     "stochastic": compare(start, weights, intended),
                     "nearest": compare(start, plain, intended),
+                    "folded": compare(start, folded, intended),
                 }
             )
             print(course[-1], flush=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -107,6 +108,14 @@ def token_batch(batch: int = 8, length: int = 10, seed: int = 0) -> dict[str, Te
 def closure_of(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
     """The mean loss of `model` on `batch`."""
     return lambda: model(**batch).loss
+
+
+def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The mean loss of each sequence."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    following = batch["labels"][:, 1:]
+    each = cross_entropy(logits[:, :-1].transpose(1, 2), following, ignore_index=-100, reduction="none")
+    return each.sum(1) / (following != -100).sum(1)
 
 
 def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:

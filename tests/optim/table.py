@@ -22,6 +22,7 @@ METHODS: dict[str, Callable[..., ZeroOrder]] = {
     "AGZO rank 4": partial(AGZO, rank=4),
     "AGZO gaussian": partial(AGZO, others="gaussian"),
     "AGZO clipped": partial(AGZO, others="gaussian", clip=1.5),
+    "AGZO folded": partial(AGZO, fold_every=3),
     "AIM-ZO": partial(AIMZO, rank=8, active=3, shared=1),
     "ZO-Act": ZOAct,
     "ZO-Act SGD": partial(ZOAct, adam=False),

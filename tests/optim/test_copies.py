@@ -13,7 +13,7 @@ from transformers import MixtralConfig
 from zoft.optim import AGZO, AIMZO, LOZO, Guided, MeZO, ZeroOrder, ZOAct
 from zoft.optim.noise import normal
 
-from .models import ARCHITECTURES, GROUPED, build, closure_of, llama, mlp, token_batch
+from .models import ARCHITECTURES, GROUPED, build, closure_of, llama, mlp, token_batch, token_losses
 
 METHODS: dict[str, Callable[..., ZeroOrder]] = {
     "AGZO": AGZO,
@@ -23,11 +23,6 @@ METHODS: dict[str, Callable[..., ZeroOrder]] = {
     "ZO-Act": ZOAct,
     "LOZO": partial(LOZO, others="frozen"),
 }
-
-
-def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    return cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none").mean(1)
 
 
 def runs_of(model: nn.Module) -> list[Tensor]:

@@ -12,17 +12,9 @@ from transformers import MixtralConfig, PreTrainedModel
 from zoft.optim import AGZO, LOZO, Loss, ZeroOrder, ZOAct
 from zoft.optim.noise import normal
 
-from .models import ARCHITECTURES, GROUPED, build, changed, llama, mlp, snapshot, token_batch
+from .models import ARCHITECTURES, GROUPED, build, changed, llama, mlp, snapshot, token_batch, token_losses
 
 METHODS: list[Callable[..., ZeroOrder]] = [AGZO, ZOAct, LOZO]
-
-
-def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The mean loss of each sequence."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    following = batch["labels"][:, 1:]
-    each = cross_entropy(logits[:, :-1].transpose(1, 2), following, ignore_index=-100, reduction="none")
-    return each.sum(1) / (following != -100).sum(1)
 
 
 def factors_of(optimizer: ZeroOrder, closure: Callable[[], Any]) -> dict[str, Tensor]:

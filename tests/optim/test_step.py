@@ -19,6 +19,7 @@ each_method = pytest.mark.parametrize("method", METHODS)
 
 def tensors_of(optimizer: ZeroOrder) -> dict[str, Tensor]:
     """Everything that training moves: weights and coefficients."""
+    optimizer.fold()
     coefficients = {f"{name}.coefficients": c.clone() for name, c in optimizer.coefficients.items()}
     return snapshot(optimizer.model) | coefficients
 
@@ -118,6 +119,7 @@ FORWARDS = {
     "LOZO": [2, 2],
     "LOZO-M": [2, 2],
     "AGZO": [2, 2],
+    "AGZO folded": [2, 2],
     "AIM-ZO": [5, 5],
     "AGZO two-sided": [3, 3],
     "AGZO rank 4": [2, 2],

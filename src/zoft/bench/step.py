@@ -96,7 +96,7 @@ def _zero_order_step(method: str, optimizer: ZeroOrder, closure: Callable[[], Lo
             with clock(FORWARDS):
                 return closure()
 
-        if optimizer.keeps_coefficients:
+        if optimizer.stays_attached:
             optimizer.branches.attach()
         try:
             optimizer.estimate(forward)

@@ -29,6 +29,14 @@ def check_axes(subspace: Subspace, update: Update, others: str) -> None:
             raise ValueError("coefficients leave every other parameter frozen: others must be 'frozen'")
 
 
+def check_folding(every: int, subspace: Subspace, estimator: Estimator, update: Update) -> None:
+    """Raises ValueError if updates are to be held back that cannot be."""
+    if every < 1:
+        raise ValueError(f"fold_every must be at least 1, not {every}")
+    if every > 1 and (isinstance(subspace, Full) or update.into == "coefficients" or not isinstance(estimator, Probes)):
+        raise ValueError("fold_every is for low-rank updates, by probes, that are written into the weights")
+
+
 def check_probing(
     subspace: Subspace, estimator: Estimator, others: str, *, clip: float | None, normalise: bool, batching: bool
 ) -> None:

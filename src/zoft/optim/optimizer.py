@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 from zoft.optim import checkpoint
 from zoft.optim.capture import Basis, captured
-from zoft.optim.check import check_axes, check_numbers, check_probing
+from zoft.optim.check import check_axes, check_folding, check_numbers, check_probing
 from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape, uncompiled
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
+from zoft.optim.noise import Key
 from zoft.optim.pace import Pace
+from zoft.optim.pending import Pending
 from zoft.optim.probe import SideBranches
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank, Subspace, change_of_basis
 from zoft.optim.update import SGD, State, Update
-from zoft.optim.write import add_dense_, add_low_rank_, add_noise_
+from zoft.optim.write import add_dense_, add_noise_
 
 
 @dataclass
@@ -62,6 +64,10 @@ class ZeroOrder(torch.optim.Optimizer):
         others: ``"frozen"``, or ``"gaussian"`` to perturb with dense noise whatever has no basis (norms, biases,
             embeddings), as AGZO's paper does. `Full` perturbs every parameter anyway.
         weight_decay: decoupled, on written weights (and on coefficients, where those are trained).
+        fold_every: steps whose updates of weights with a basis are summed in float32 beside them, as side branches, and
+            then written together, which rounds half-precision weights less often. In between the model computes with
+            both; `state_dict` of the model or of the optimizer writes first, and so does `fold`, for whatever reads the
+            weights in another way. Weights shrink by `weight_decay` as they are written.
         clip, normalise: bound or even out the size of estimates from probes (`zoft.optim.pace.Pace`).
         probe_batching: evaluate a step's points in one forward, on as many copies of the batch
             (`zoft.optim.copies.repeated`): faster where reading the weights takes the time, small batches of short
@@ -86,6 +92,7 @@ class ZeroOrder(torch.optim.Optimizer):
         update: Update | None = None,
         others: Literal["frozen", "gaussian"] = "frozen",
         weight_decay: float = 0.0,
+        fold_every: int = 1,
         clip: float | None = None,
         normalise: bool = False,
         probe_batching: bool = False,
@@ -96,9 +103,10 @@ class ZeroOrder(torch.optim.Optimizer):
     ) -> None:
         self.subspace, self.estimator, self.update = subspace, estimator or Probes(), update or SGD()
         self.model, self.others, self.seed, self.pace = model, others, seed, Pace(clip, normalise)
-        self.probe_batching = probe_batching
+        self.probe_batching, self.fold_every, self.pending = probe_batching, fold_every, Pending()
         check_numbers(lr, eps, weight_decay)
         check_axes(subspace, self.update, others)
+        check_folding(fold_every, subspace, self.estimator, self.update)
         check_probing(subspace, self.estimator, others, clip=clip, normalise=normalise, batching=probe_batching)
 
         self.maps: list[LinearMap] = []
@@ -124,10 +132,15 @@ class ZeroOrder(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
         self.branches = SideBranches(self.maps)
+        self.branches.pending = self.pending.sums
         self.coefficients: dict[str, Tensor] = {}
         if self.keeps_coefficients:
             self.branches.factors = self.coefficients
+        if self.stays_attached:
             self.branches.attach()
+        if fold_every > 1:
+            model.register_state_dict_pre_hook(lambda *_: self.fold())
+            model.register_load_state_dict_pre_hook(lambda *_: self.fold())
         self.counters = Counters()
         self.loss, self.projected_gradients = math.nan, []  # type: float, list[float]
         self.updates: dict[str, State] = {}  # what the update rule keeps, by map or parameter name
@@ -141,6 +154,11 @@ class ZeroOrder(torch.optim.Optimizer):
     def keeps_coefficients(self) -> bool:
         """Whether updates are summed as coefficients C beside frozen weights, instead of written into them."""
         return self.update.into == "coefficients"
+
+    @property
+    def stays_attached(self) -> bool:
+        """Whether the side branches are part of the model between steps."""
+        return self.keeps_coefficients or self.fold_every > 1
 
     @property
     def bases(self) -> dict[str, Tensor]:
@@ -249,27 +267,34 @@ class ZeroOrder(torch.optim.Optimizer):
             if self.keeps_coefficients:
                 self.coefficients[layer.name].mul_(decay).sub_(move, alpha=lr)
                 continue
-            weight, basis = layer.weight, self.bases[layer.name]
-            assert weight is not None
-            left, right = (basis, move * -lr) if layer.transposed else (move * -lr, basis)
-            add_low_rank_(weight, left, right, self._rounding_key(layer.name), decay)
+            self.pending.add(layer.name, move * -lr, self.bases[layer.name], decay)
+        self.pending.end_step()
+        if self.pending.steps >= self.fold_every:
+            self.fold()
+        rounding = self._rounding_key
         for name, parameter in self.dense.items():
             if name in self._unused:
                 continue
             shrink = decay if parameter.dim() > 1 else 1.0
             terms = [((*key, name), c / estimate.count) for key, c in estimate.dense]
             if self.update.stateless:
-                add_noise_(parameter, [(key, -lr * c) for key, c in terms], self._rounding_key(name), shrink)
+                add_noise_(parameter, [(key, -lr * c) for key, c in terms], (*rounding, name), shrink)
             else:
                 gradient = torch.zeros_like(parameter, dtype=torch.float32)
                 add_noise_(gradient, terms, ())
-                add_dense_(parameter, self._move(name, gradient) * -lr, self._rounding_key(name), shrink)
+                add_dense_(parameter, self._move(name, gradient) * -lr, (*rounding, name), shrink)
 
     def _move(self, name: str, gradient: Tensor) -> Tensor:
         return self.update(gradient, self.updates.setdefault(name, {}))
 
-    def _rounding_key(self, name: str) -> tuple[int | str, ...]:
-        return (self.seed, self.counters.steps, "rounding", name)
+    @property
+    def _rounding_key(self) -> Key:
+        return (self.seed, self.counters.steps, "rounding")
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Write into the weights what is still beside them; for when they are read in another way than by running."""
+        self.pending.write(self.maps, self._rounding_key)
 
     # --- bases ---------------------------------------------------------------------------------------------
 
@@ -310,6 +335,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that continuing needs besides the model. An estimate not stepped on yet is not part of it."""
+        self.fold()
         return checkpoint.pack(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -319,6 +345,7 @@ class ZeroOrder(torch.optim.Optimizer):
             ValueError: it belongs to another model, or to a method of another kind.
         """
         checkpoint.unpack(self, state_dict)
+        self.pending.clear()
         self._estimate, self._drawn = None, 0
 
     def _warn(self, kind: str, message: str, category: type[Warning] = UserWarning) -> None:

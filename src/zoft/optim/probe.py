@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zoft.optim.capture import Basis, OfLastInput, Tokens
 from zoft.optim.layers import LinearMap, input_of, owners_of
 from zoft.optim.noise import Key, normal, normal_chunks
+from zoft.optim.pending import Sum
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class SideBranches:
 
     Set `factors` (float32, by map name) and run the model inside ``with branches.attached():``, or `attach` them
     for good. The branch is computed in the output's dtype. `active` are the maps that the latest bases are for; while
-    bases are being renewed, `fresh` holds those seen so far.
+    bases are being renewed, `fresh` holds those seen so far. What is `pending` of a map's weight is added as well.
 
     A factor [n, d_out, r] acts on the n parts of the batch by themselves: its examples, or with `copies` the copies of
     a batch in it. Where a map's rows do not lie example by example (routed tokens), its first example's factor acts on
@@ -70,11 +71,12 @@ class SideBranches:
         self.bases: dict[str, Tensor] = {}
         self.fresh: dict[str, Basis] = {}
         self.factors: Factors = {}
+        self.pending: dict[str, Sum] = {}
         self.copies = 1
         self.shared: set[str] = set()
         self.tokens = Tokens()
         self._handles: list[Any] = []
-        self._projected = OfLastInput[tuple[Tensor, Tensor]]()
+        self._projected = OfLastInput[dict[int, tuple[Tensor, Tensor]]]()
 
     def attach(self) -> None:
         """Hook the branches into the model; does nothing if they are attached already."""
@@ -108,9 +110,11 @@ class SideBranches:
         add = self._lookup if isinstance(module, nn.Embedding) else self._linear
 
         def branch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-            factor, basis = self.factors.get(name), self.basis(name)
+            factor, basis, pending = self.factors.get(name), self.basis(name), self.pending.get(name)
+            if pending is not None:
+                y = add(name, input_of(args, kwargs), pending.left, pending.right, y)
             if factor is None or basis is None:
-                return None
+                return None if pending is None else y
             return add(name, input_of(args, kwargs), factor, basis, y)
 
         return branch
@@ -145,8 +149,10 @@ class SideBranches:
 
     def _project(self, x: Tensor, basis: Tensor) -> Tensor:
         """``x A``, computed once for layers that share both."""
-        known, value = self._projected.get(x, lambda: (basis, x @ basis.to(x.dtype)))
-        return value if known is basis else x @ basis.to(x.dtype)
+        known = self._projected.get(x, dict)
+        if id(basis) not in known:
+            known[id(basis)] = basis, x @ basis.to(x.dtype)  # the basis too: while it is held, its number is its own
+        return known[id(basis)][1]
 
 
 def _plus_product(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def _together_is_faster(config: TrainConfig, model: Any, closure: Closure, wante
         optimizers = [zero_order_of(way, model) for way in ways]
         for _ in range(1 if wanted else ROUNDS):
             for optimizer, taken in zip(optimizers, seconds, strict=True):
-                if optimizer.keeps_coefficients:
+                if optimizer.stays_attached:
                     optimizer.branches.attach()
                 start = time.perf_counter()
                 optimizer.estimate(closure)  # ends with the loss on the CPU
