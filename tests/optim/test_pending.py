@@ -117,7 +117,7 @@ def test_a_kept_basis_adds_no_columns() -> None:
 
 @pytest.mark.parametrize("every", [1, 16])
 def test_what_rounding_adds_is_that_of_the_writes_made(every: int) -> None:
-    """A write by f units in the last place, less the whole ones, has variance f (1 - f): the sum's is below its terms'."""
+    """A write by a fraction f of a unit in the last place has variance f (1 - f): the sum's is below its terms'."""
     model, unit = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16(), 2**-8  # of bfloat16 between .5 and 1
     start = torch.linspace(0.55, 0.95, 4096).bfloat16().view(64, 64)
     model[0].weight.data.copy_(start)
