@@ -5,8 +5,8 @@
 500 AGZO steps on SmolLM2-135M-Instruct in bfloat16 (SST-2, batches of 16, lr 1e-4). Beside the weights, which are
 written with stochastic rounding, a copy takes the same updates by a plain in-place addition, which rounds to the
 nearest, another in sums of 16 (`fold_every`), rounded stochastically, and a float32 sum takes them exactly. Of each
-kind of write: the share of the intended update that the weights have moved, ``<moved, intended> / |intended|^2``, over all
-linear layers, and the size of what else they have moved, over the intended update's. Writes results/rounding.json.
+kind of write: the share of the intended update that the weights have moved, ``<moved, intended> / |intended|^2``, over
+all linear layers, and the size of what else they have moved, over the intended update's. Writes results/rounding.json.
 """
 
 from __future__ import annotations
