@@ -6,9 +6,9 @@ global random state is read or written, so a perturbation can be replayed, in pa
 
 The generator is SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"):
 ``mix(start + i * gamma)``, with start and odd gamma taken from a hash of the name. Each 16 bits of its output pick
-one of 65,536 equally likely quantiles of the normal distribution, scaled to variance 1 (they end at 4.3, and the
-fourth moment is 2.997 instead of 3). Integers and a table, so the numbers are identical on every device, and take a
-fifth of the time of Box and Muller's logarithms and cosines.
+one of 65,536 equally likely rows of eight normals: rows are independent, and the columns of the table have exactly
+mean 0, variance 1 and no correlation (each ends at 3.8, with a fourth moment of 2.99 instead of 3). Integers and a
+table, so the numbers are identical on every device, and take a tenth of the time of Box and Muller's logarithms.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor
 
 Key = tuple[int | str, ...]
 
-CHUNK = 1 << 17  # normals at a time: the working set stays within a core's cache
+WIDTH = 8  # of a row of normals
+CHUNK = 1 << 18  # normals at a time: the working set stays within a core's cache
 
 
 def _signed(value: int) -> int:
@@ -33,6 +34,7 @@ def _signed(value: int) -> int:
 
 
 _MIX1, _MIX2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+_GAMMA = _signed(0x9E3779B97F4A7C15)
 
 
 def stream(key: Key) -> tuple[int, int]:
@@ -50,12 +52,22 @@ def _mix(z: Tensor) -> Tensor:
 
 
 @functools.cache
-def _quantiles(device: torch.device) -> Tensor:
-    """The values that a normal can take, float32 [65536], by the 16 bits (as a signed number plus 32,768)."""
+def _rows(device: torch.device) -> Tensor:
+    """The rows of normals, float32 [65536, WIDTH], by the 16 bits that pick one (as a signed number plus 32,768).
+
+    A column holds the quantiles of the half-normal distribution in an order of its own, each with a random sign. Every
+    row of them occurs times each row of a Hadamard matrix and the opposite of each, which cancels correlations and odd
+    moments.
+    """
+    count = (1 << 16) // (2 * WIDTH)
     inverse = statistics.NormalDist().inv_cdf
-    lower = torch.tensor([inverse((i + 0.5) / (1 << 16)) for i in range(1 << 15)], dtype=torch.float64)
-    values = torch.cat((lower, -lower.flip(0)))
-    return (values / values.square().mean().sqrt()).float().to(device)
+    sizes = torch.tensor([inverse((1 + (i + 0.5) / count) / 2) for i in range(count)], dtype=torch.float64)
+    sizes /= sizes.square().mean().sqrt()
+    drawn = _mix(torch.arange(1, count * WIDTH + 1).mul_(_GAMMA)).view(count, WIDTH)
+    normals = sizes[drawn.argsort(dim=0)] * (1 - 2 * (drawn & 1))
+    hadamard = torch.tensor([[1 - (i & j).bit_count() % 2 * 2 for j in range(WIDTH)] for i in range(WIDTH)])
+    rows = torch.cat((hadamard, -hadamard)).unsqueeze(1) * normals
+    return rows.view(-1, WIDTH).float().to(device)
 
 
 def normal(
@@ -65,12 +77,13 @@ def normal(
 
     ``normal(key, (n,))[a:b]`` equals ``normal(key, (b - a,), start=a)`` bit for bit.
     """
-    count = math.prod(shape)
+    count, word = math.prod(shape), 4 * WIDTH  # normals that a word makes
     offset, gamma = stream(key)
-    first, last = start // 4, (start + count + 3) // 4  # four normals a word
+    first, last = start // word, -(-(start + count) // word)
     words = torch.arange(first + 1, last + 1, dtype=torch.int64, device=device).mul_(gamma).add_(offset)
-    index = _mix(words).view(torch.int16)[start - 4 * first :][:count].to(torch.int32).add_(1 << 15)
-    return _quantiles(index.device).index_select(0, index).view(shape)
+    picked = _mix(words).view(torch.int16).to(torch.int32).add_(1 << 15)
+    normals = _rows(picked.device).index_select(0, picked).view(-1)
+    return normals[start - word * first :][:count].view(shape)
 
 
 def normal_chunks(key: Key, count: int, *, device: torch.device | str | None = None) -> Iterator[tuple[slice, Tensor]]:
