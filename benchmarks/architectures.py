@@ -86,7 +86,7 @@ def measure(name: str, estimates: int = ESTIMATES) -> dict[str, Any]:
     """The row of the table for the model `name`."""
     model, closure = problem(name)
     whole = sum(p.numel() for p in model.parameters())
-    linear = sum(m.weight.numel() for m in find_linear_maps(model) if m.weight is not None)
+    linear = sum(m.weight.numel() for m in find_linear_maps(model, experts=True) if m.weight is not None)
 
     def mean_loss() -> Tensor:
         loss = closure()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft.bench.gradient import Closure, Gradients, dense_products, true_gradients
+from zoft.bench.gradient import Closure, Gradients, dense_products, gradient_of, true_gradients
 from zoft.optim import Estimate, LinearMap, ZeroOrder
 from zoft.optim.layers import find_linear_maps
 
@@ -61,7 +61,7 @@ def align(
     The model, its gradients included, is not changed. `closures` return the mean loss of their batch; `methods` make
     an optimizer for the model. The gradient takes as much memory as the model's weights.
     """
-    maps = [m for m in find_linear_maps(model) if m.weight is not None]
+    maps = [m for m in find_linear_maps(model, experts=True) if m.weight is not None]
     found = {name: Alignment() for name in methods}
     optimizers = {name: make(model) for name, make in methods.items()}  # for all batches, so that no noise recurs
     for optimizer in optimizers.values():
@@ -91,11 +91,9 @@ def _compare(
     squares: dict[str, tuple[float, float]] = {}  # ||E||^2 and ||G||^2 of each layer
     moved, spread, caught, probed = 0.0, 0.0, 0.0, 0.0  # ||G A||^2, E||R A^T||^2, ||G Q||^2 with Q = orth(A)
     for layer in maps:
-        weight = layer.weight
-        gradient = gradients.get(id(weight))
+        gradient = gradient_of(layer, gradients)
         if gradient is None:
             continue
-        gradient = gradient.t() if layer.transposed else gradient
         total = float(gradient.square().sum())
         if layer.name in own and layer.name in estimate.factors:
             basis, factor = optimizer.bases[layer.name], estimate.factors[layer.name]
@@ -106,15 +104,16 @@ def _compare(
             spread += layer.d_out * float(gram.trace())
             caught += float((seen.t() @ seen * torch.linalg.inv(gram)).sum())
             probed += layer.d_out * basis.shape[1]
-        elif id(weight) in names:
-            inner[layer.name], square = dense_products(estimate, names[id(weight)], gradients[id(weight)])
+        elif id(layer.parameter) in names:
+            stored = gradient.t() if layer.transposed else gradient  # as the noise lies
+            inner[layer.name], square = dense_products(estimate, names[id(layer.parameter)], stored, layer.part)
             squares[layer.name] = square, total
             moved, caught = moved + total, caught + total
             spread, probed = spread + gradient.numel(), probed + gradient.numel()
         else:
             inner[layer.name], squares[layer.name] = 0.0, (0.0, total)
 
-    others = names.keys() - {id(layer.weight) for layer in maps}
+    others = names.keys() - {id(layer.parameter) for layer in maps}
     other = sum(float(gradients[i].square().sum()) for i in others if i in gradients)
     norm = math.sqrt(sum(total for _, total in squares.values()))
     length = math.sqrt(sum(square for square, _ in squares.values()))

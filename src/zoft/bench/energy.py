@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from zoft.bench.gradient import Closure, true_gradients
+from zoft.bench.gradient import Closure, gradient_of, true_gradients
 from zoft.optim.capture import Basis, captured, leading_basis
 from zoft.optim.layers import LinearMap, find_linear_maps
 
@@ -19,7 +19,7 @@ def captured_energy(model: nn.Module, closure: Closure, ranks: Sequence[int]) ->
     Takes a forward and a backward pass, and as much memory for the gradient as the weights have.
     """
     gradients = true_gradients(model, closure)
-    maps = [m for m in find_linear_maps(model) if id(m.weight) in gradients]
+    maps = [m for m in find_linear_maps(model, experts=True) if id(m.parameter) in gradients]
 
     def extract(layer: LinearMap, rows: Tensor) -> Basis:
         return leading_basis(rows, torch.empty(len(rows), max(ranks)), power_steps=None)
@@ -28,8 +28,8 @@ def captured_energy(model: nn.Module, closure: Closure, ranks: Sequence[int]) ->
         closure()
     total, caught = 0.0, dict.fromkeys(ranks, 0.0)
     for layer in maps:
-        gradient = gradients[id(layer.weight)]
-        gradient = gradient.t() if layer.transposed else gradient
+        gradient = gradient_of(layer, gradients)
+        assert gradient is not None
         total += float(gradient.square().sum())
         if layer.name in bases:
             squares = (gradient @ bases[layer.name].vectors).square().sum(0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim import Estimate, Loss, ZeroOrder
+from zoft.optim.layers import LinearMap
 from zoft.optim.noise import normal_chunks
 
 Closure = Callable[[], Tensor | Loss]
@@ -24,13 +25,21 @@ def true_gradients(model: nn.Module, closure: Closure) -> Gradients:
     return {id(p): g.float() for p, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
+def gradient_of(layer: LinearMap, gradients: Gradients) -> Tensor | None:
+    """The gradient [d_out, d_in] of a layer's weight; None if it has none."""
+    found = gradients.get(id(layer.parameter))
+    if found is None:
+        return None
+    found = found if layer.fused is None else found[layer.part]
+    return found.t() if layer.transposed else found
+
+
 def slope(optimizer: ZeroOrder, estimate: Estimate, gradients: Gradients) -> float:
     """``<E, G>`` of the optimizer's `estimate` over everything that it moves."""
     total = 0.0
     for layer in optimizer.maps:
-        gradient = gradients.get(id(layer.weight))
+        gradient = gradient_of(layer, gradients)
         if gradient is not None and layer.name in estimate.factors:
-            gradient = gradient.t() if layer.transposed else gradient
             total += float((estimate.factors[layer.name] * (gradient @ optimizer.bases[layer.name])).sum())
     for name, parameter in optimizer.dense.items():
         if id(parameter) in gradients:
@@ -38,10 +47,11 @@ def slope(optimizer: ZeroOrder, estimate: Estimate, gradients: Gradients) -> flo
     return total
 
 
-def dense_products(estimate: Estimate, name: str, gradient: Tensor) -> tuple[float, float]:
-    """<E, G> and ||E||^2 of a densely probed parameter, the noise replayed a chunk at a time."""
+def dense_products(estimate: Estimate, name: str, gradient: Tensor, part: int = 0) -> tuple[float, float]:
+    """<E, G> and ||E||^2 of a densely probed parameter, or of one `part` of it; the noise is replayed, not stored."""
     flat, product, square = gradient.reshape(-1), 0.0, 0.0
-    streams = [normal_chunks((*key, name), flat.numel(), device=flat.device) for key, _ in estimate.dense]
+    size, device = flat.numel(), flat.device
+    streams = [normal_chunks((*k, name), size, device=device, first=part * size) for k, _ in estimate.dense]
     weights = [coefficient for _, coefficient in estimate.dense]
     for parts in zip(*streams, strict=True):
         value = sum(c * z for (_, z), c in zip(parts, weights, strict=True))

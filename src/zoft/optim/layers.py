@@ -11,6 +11,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from zoft.optim.experts import find_experts
+
 CONTAINERS = (nn.ParameterDict, nn.ParameterList)
 
 
@@ -25,7 +27,8 @@ class LinearMap:
     `modules` apply it to activations; `lookups` are embeddings that share its weight (or are the map
     themselves) and read its rows. `weight` is None where it is not a plain floating-point tensor
     (a quantized layer): such a map can carry a side branch but cannot be written to. `transposed` says that the
-    weight is stored as ``[d_in, d_out]`` (GPT-2's ``Conv1D``) instead of ``[d_out, d_in]``.
+    weight is stored as ``[d_in, d_out]`` (GPT-2's ``Conv1D``) instead of ``[d_out, d_in]``. An expert's weight is the
+    `part` of that number of the three-dimensional parameter `fused`.
     """
 
     name: str
@@ -35,6 +38,13 @@ class LinearMap:
     transposed: bool
     d_in: int
     d_out: int
+    fused: nn.Parameter | None = None
+    part: int = 0
+
+    @property
+    def parameter(self) -> Tensor | None:
+        """The model's parameter that `weight` is, or lies in."""
+        return self.weight if self.fused is None else self.fused
 
     @property
     def device(self) -> torch.device:
@@ -61,6 +71,7 @@ def find_linear_maps(
     exclude: Sequence[str] = (),
     linear: Sequence[str] = (),
     embeddings: bool = False,
+    experts: bool = False,
 ) -> list[LinearMap]:
     """The linear maps of `model` that may be trained, in the model's order, each weight once.
 
@@ -69,7 +80,7 @@ def find_linear_maps(
     `include` and `exclude` are shell-style patterns on module names (``"*.q_proj"``). Frozen weights
     (``requires_grad=False``) are left out, quantized ones, which cannot require a gradient, are not. A weight
     shared with an embedding is a map only with `embeddings`, and then every embedding is one: its gradient
-    has no activation basis.
+    has no activation basis. With `experts`, the matrices of a fused weight are maps too (`zoft.optim.experts`).
 
     Raises:
         NoLinearLayers: nothing is left to train.
@@ -94,6 +105,10 @@ def find_linear_maps(
         if any(type(m).forward is not nn.Embedding.forward for m in lookups):
             continue  # an embedding that scales what it reads, or reads other rows than it is asked for
         maps.append(_linear_map(name, modules, lookups))
+    for name, expert in find_experts(model) if experts else ():
+        if _is_plain(expert.fused) and expert.fused.requires_grad and selected(name, include, exclude):
+            weight, shape = expert.fused.detach()[expert.index], (expert.d_in, expert.d_out)
+            maps.append(LinearMap(name, (expert,), (), weight, expert.transposed, *shape, expert.fused, expert.index))
     if not maps:
         kinds = Counter(type(m).__name__ for m in names if not any(True for _ in m.children()))
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "no module at all"
@@ -117,7 +132,7 @@ def other_parameters(
     exclude: Sequence[str] = (),
 ) -> dict[str, nn.Parameter]:
     """Trainable floating-point parameters that belong to none of `maps`: norms, biases, embeddings."""
-    taken = {id(layer.weight) for layer in maps}
+    taken = {id(layer.parameter) for layer in maps}
     return {
         name: p
         for name, p in model.named_parameters()

@@ -86,8 +86,10 @@ def normal(
     return normals[start - word * first :][:count].view(shape)
 
 
-def normal_chunks(key: Key, count: int, *, device: torch.device | str | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """The first `count` normals of the stream, a slice and its values at a time, so that none is stored."""
+def normal_chunks(
+    key: Key, count: int, *, device: torch.device | str | None = None, first: int = 0
+) -> Iterator[tuple[slice, Tensor]]:
+    """`count` normals of the stream from element `first` on, a slice of them and its values at a time; none is kept."""
     for start in range(0, count, CHUNK):
         stop = min(start + CHUNK, count)
-        yield slice(start, stop), normal(key, (stop - start,), device=device, start=start)
+        yield slice(start, stop), normal(key, (stop - start,), device=device, start=first + start)

@@ -113,7 +113,12 @@ class ZeroOrder(torch.optim.Optimizer):
         self.dense: dict[str, nn.Parameter] = {}
         if not isinstance(subspace, Full):
             self.maps = find_linear_maps(
-                model, include=include, exclude=exclude, linear=linear, embeddings=subspace.embeddings
+                model,
+                include=include,
+                exclude=exclude,
+                linear=linear,
+                embeddings=subspace.embeddings,
+                experts=not self.keeps_coefficients,  # those of experts have no form that PEFT loads
             )
         if isinstance(subspace, Full) or others == "gaussian":
             self.dense = other_parameters(model, self.maps, include=include, exclude=exclude)
@@ -123,8 +128,8 @@ class ZeroOrder(torch.optim.Optimizer):
                 f"layer {unwritable[0]!r} (and {len(unwritable) - 1} more) has a quantized weight, which cannot be "
                 "written: train coefficients instead (ZOAct), or exclude it"
             )
-        weights = [m.weight for m in self.maps if m.weight is not None]
-        parameters = [*weights, *self.dense.values()]
+        weights = {id(m.parameter): m.parameter for m in self.maps if m.parameter is not None}
+        parameters = [*weights.values(), *self.dense.values()]
         if self.keeps_coefficients and not parameters:  # all quantized; torch wants something in its groups
             parameters = [*model.parameters()]
         if not parameters:

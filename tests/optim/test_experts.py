@@ -1,0 +1,186 @@
+"""Experts that share a three-dimensional weight are linear maps of their own."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
+
+from zoft.bench.gradient import gradient_of, slope, true_gradients
+from zoft.optim import AGZO, LOZO, MeZO, ZOAct
+from zoft.optim.experts import Expert, find_experts
+from zoft.optim.layers import find_linear_maps
+
+from .models import GROUPED, build, changed, closure_of, snapshot, token_batch, token_losses
+
+ROUTED: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT: dict[str, Any] = {"kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "Mixtral": lambda: MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "Qwen3 MoE": lambda: Qwen3MoeConfig(**GROUPED, **ROUTED, num_experts=4, head_dim=8, decoder_sparse_step=1),
+    "GPT-OSS": lambda: GptOssConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=8),
+    "DeepSeek-V3": lambda: DeepseekV3Config(
+        **{**GROUPED, **ROUTED, **LATENT, "num_key_value_heads": 4},
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=0,
+        q_lora_rank=None,
+    ),
+}
+every_model = pytest.mark.parametrize("name", CONFIGS)
+each_way = pytest.mark.parametrize("way", ["eager", "grouped_mm"])
+
+
+def model_of(name: str, way: str = "grouped_mm") -> PreTrainedModel:
+    config = CONFIGS[name]()
+    config._experts_implementation = way
+    return build(config)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(24).view(3, 8)).logits
+
+
+@each_way
+@every_model
+def test_taken_apart_a_model_computes_the_same(name: str, way: str) -> None:
+    model = model_of(name, way)
+    expected = logits(model)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(called: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Sequence[Tensor], y: Tensor) -> None:
+            seen[called] = args[0], y
+
+        return see
+
+    experts = dict(find_experts(model))
+    assert len(experts) == 2 * 2 * 4  # layers, matrices, experts
+    assert torch.equal(logits(model), expected)
+    handles = [expert.register_forward_hook(note(called)) for called, expert in experts.items()]
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+    assert seen
+    for called, (x, y) in seen.items():
+        matrix = experts[called].fused[experts[called].index]
+        torch.testing.assert_close(y, x @ (matrix if experts[called].transposed else matrix.t()))
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    assert torch.equal(logits(model), expected)
+    assert not seen
+
+
+@every_model
+def test_weights_are_parts_of_the_model_s_own(name: str) -> None:
+    model = model_of(name)
+    maps = [m for m in find_linear_maps(model, experts=True) if m.fused is not None]
+    assert [m.name for m in maps] == [called for called, _ in find_experts(model)]
+    assert not any(m.fused is not None for m in find_linear_maps(model))
+    for layer in maps:
+        assert layer.weight is not None
+        layer.weight.fill_(7.0)
+        assert layer.dense_weight() is not None
+        assert layer.dense_weight().shape == (layer.d_out, layer.d_in)  # type: ignore[union-attr]
+    fused = {id(m.parameter): m.parameter for m in maps}
+    assert len(fused) == 4
+    assert all(bool((p == 7).all()) for p in fused.values() if p is not None)
+
+
+@each_way
+@every_model
+@pytest.mark.parametrize("method", [partial(AGZO, two_sided=True), LOZO], ids=["AGZO", "LOZO"])
+def test_the_projected_gradient_is_that_of_autograd(method: Callable[..., Any], name: str, way: str) -> None:
+    """Through the experts alone: nothing before them moves, so no token changes its experts in the first layer."""
+    model = model_of(name, way)
+    optimizer = method(model, eps=1e-3, include=["*.layers.1.*.experts.*"], others="frozen")
+    closure = partial(token_losses, model, token_batch(batch=2, length=6))
+    optimizer.estimate(closure)
+    (found,) = optimizer.projected_gradients
+    estimate = optimizer.take_estimate()
+    for name_of, factor in estimate.factors.items():
+        estimate.factors[name_of] = factor / found * getattr(optimizer.estimator, "scale", 1.0)  # the direction itself
+    assert len(estimate.factors) > 2
+    assert found == pytest.approx(slope(optimizer, estimate, true_gradients(model, lambda: closure().mean())), rel=0.01)
+
+
+def test_gradients_of_experts_are_parts_of_the_whole_s() -> None:
+    model = model_of("GPT-OSS")
+    gradients = true_gradients(model, closure_of(model, token_batch()))
+    for layer in find_linear_maps(model, experts=True):
+        gradient = gradient_of(layer, gradients)
+        assert gradient is not None
+        assert gradient.shape == (layer.d_out, layer.d_in)
+        if layer.fused is not None:
+            stored = gradients[id(layer.fused)][layer.part]
+            assert torch.equal(gradient, stored.t() if layer.transposed else stored)
+
+
+@each_way
+@every_model
+def test_a_step_moves_the_experts_that_saw_tokens_by_their_low_rank_updates(name: str, way: str) -> None:
+    model = model_of(name, way)
+    optimizer, before = AGZO(model, lr=1e-2, include=["*.experts.*"]), snapshot(model)
+    optimizer.step(closure_of(model, token_batch(batch=1, length=5)))
+    still = [m for m in optimizer.maps if m.name not in optimizer.bases]
+    assert 0 < len(still) < len(optimizer.maps)
+    for layer in optimizer.maps:
+        assert layer.weight is not None
+        path = next(n for n, p in model.named_parameters() if p is layer.fused)
+        change = layer.weight - before[path][layer.part]
+        singular = torch.linalg.svdvals(change)
+        if layer in still:
+            assert not change.any()
+        else:
+            assert singular[0] > 0
+            assert singular[1] < 1e-3 * singular[0]
+
+
+def test_what_is_no_expert_s_matrix_alone_is_dense() -> None:
+    model = model_of("GPT-OSS")
+    optimizer = AGZO(model, others="gaussian")
+    fused = {id(m.fused) for m in optimizer.maps if m.fused is not None}
+    assert len(fused) == 4
+    assert not fused & {id(p) for p in optimizer.dense.values()}
+    assert any("experts.gate_up_proj_bias" in name for name in optimizer.dense)
+    assert fused <= {id(p) for p in MeZO(model).dense.values()}
+
+
+def test_coefficients_leave_experts_alone() -> None:
+    model = model_of("Mixtral")
+    assert not any(m.fused is not None for m in ZOAct(model).maps)
+
+
+def test_an_error_in_the_forward_closes_what_was_open() -> None:
+    model = model_of("Mixtral")
+    expected = logits(model)
+    optimizer = AGZO(model)
+    (experts,) = {m.modules[0] for m in optimizer.maps if m.name == "model.layers.0.mlp.experts.down_proj.0"}
+    assert isinstance(experts, Expert)
+    handle = experts.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits(model)
+    handle.remove()
+    assert torch.equal(logits(model), expected)
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    assert changed(model, before) == set()
+    assert torch.equal(logits(model), expected)
+
+
+def test_gathered_weights_are_refused() -> None:
+    model = model_of("Mixtral", "batched_mm")
+    with pytest.raises(ValueError, match=r"gathered before they are used.*grouped_mm"):
+        AGZO(model).step(closure_of(model, token_batch()))
+    AGZO(model, exclude=["*experts*"]).step(closure_of(model, token_batch()))
