@@ -28,6 +28,12 @@ def test_plain_loop(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "with 60 forwards" in capsys.readouterr().out
 
 
+def test_reward(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rewards = load("examples/reward.py").main(tiny, steps=5)
+    assert len(set(rewards)) > 1
+    assert "with 45 generations" in capsys.readouterr().out
+
+
 def test_accelerate_loop(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(load("examples/accelerate_loop.py").main(tiny)) == 8
     assert "steps=4, forwards=16, skipped=0, zero=0" in capsys.readouterr().out

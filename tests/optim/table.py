@@ -24,6 +24,8 @@ METHODS: dict[str, Callable[..., ZeroOrder]] = {
     "AGZO clipped": partial(AGZO, others="gaussian", clip=1.5),
     "AGZO folded": partial(AGZO, fold_every=3),
     "AIM-ZO": partial(AIMZO, rank=8, active=3, shared=1),
+    "MeZO z-score": partial(MeZO, probes=2, shape="zscore"),
+    "AGZO ranks": partial(AGZO, probes=4, leave_one_out=True, shape="rank"),
     "ZO-Act": ZOAct,
     "ZO-Act SGD": partial(ZOAct, adam=False),
     "hybrid": partial(

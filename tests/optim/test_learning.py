@@ -23,6 +23,8 @@ LEARNING_RATES = {
     "AGZO clipped": {"least squares": 1e-3, "classifier": 0.03, "llama": 3e-3, "tied llama": 1e-3},
     "AGZO folded": {"least squares": 1e-3, "classifier": 0.03, "llama": 0.01, "tied llama": 0.01},
     "AIM-ZO": {"least squares": 1e-3, "classifier": 0.03, "llama": 0.01, "tied llama": 0.01},
+    "MeZO z-score": dict.fromkeys(GOALS, 0.03),
+    "AGZO ranks": dict.fromkeys(GOALS, 0.03),
     "ZO-Act": {"least squares": 0.03, "classifier": 0.03, "llama": 0.02, "tied llama": 0.02},
     "ZO-Act SGD": {"least squares": 1e-3, "classifier": 0.1, "llama": 0.01, "tied llama": 0.01},
     "hybrid": {"least squares": 1e-3, "classifier": 0.03, "llama": 0.02, "tied llama": 0.01},

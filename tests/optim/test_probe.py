@@ -1,6 +1,7 @@
 """A probe computes with moved weights, and moves none."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -144,6 +145,31 @@ def test_lent_parameters_compute_what_moved_parameters_would_in_language_models(
     model, batch = ARCHITECTURES[name][0](), token_batch()
     del batch["labels"]
     assert_loans_are_moved_parameters(model, lambda: model(**batch).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_text_is_generated_by_the_moved_model(name: str) -> None:
+    """With a cache, token by token: what is generated inside is what moved weights generate, not what the base does."""
+    model, prompt = ARCHITECTURES[name][0](), token_batch(batch=4, length=4)["input_ids"]
+    generate = partial(model.generate, prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    base = generate()
+    branches, direction = low_rank_direction(model)
+    branches.factors = {name: SCALE * factor for name, factor in direction.factors.items()}
+    with branches.attached():
+        probed = generate()
+    parameters = other_parameters(model, [])
+    with lent(model, parameters, SCALE, (7,)):
+        loaned = generate()
+    assert torch.equal(generate(), base)
+    before = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data = shifted(parameter.data, SCALE, (7, name))
+    assert torch.equal(generate(), loaned) and not torch.equal(loaned, base)
+    for name, parameter in parameters.items():
+        parameter.data = before[name]
+    move_weights(branches, direction, SCALE)
+    assert torch.equal(generate(), probed) and not torch.equal(probed, base)
 
 
 def test_shifted_is_the_sum_in_the_tensors_own_dtype() -> None:

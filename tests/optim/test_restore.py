@@ -12,7 +12,7 @@ from zoft.optim.noise import normal
 from .models import ARCHITECTURES, changed, closure_of, llama, mlp, opt, snapshot, token_batch
 from .table import METHODS
 
-LOW_RANK = [name for name in METHODS if name != "MeZO"]
+LOW_RANK = [name for name in METHODS if not name.startswith("MeZO")]
 
 
 def hooks(model: nn.Module) -> int:

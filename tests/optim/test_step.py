@@ -125,6 +125,8 @@ FORWARDS = {
     "AGZO rank 4": [2, 2],
     "AGZO gaussian": [2, 2],
     "AGZO clipped": [2, 2],
+    "MeZO z-score": [4, 4],
+    "AGZO ranks": [5, 5],
     "ZO-Act": [2, 2],
     "ZO-Act SGD": [2, 2],
     "hybrid": [3, 2],

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,14 @@ def test_adam_steps_by_lr_itself() -> None:
     found = diagnose(model, closures, partial(ZOAct, lr=0.0), directions=50)
     assert isinstance(ZOAct(model).update, Adam)
     assert found.lr == pytest.approx(0.02 * found.slope / found.curvature)
+
+
+@pytest.mark.parametrize("options", [{"normalise": True}, {"shape": "zscore"}])
+def test_a_step_that_does_not_know_the_slope_has_a_rate_that_does(options: dict[str, Any]) -> None:
+    model, closures = quadratic(0.0)
+    plain, evened = (diagnose(model, closures, partial(MeZO, lr=0.0, **given)) for given in ({}, options))
+    assert plain.lr is not None
+    assert evened.lr == pytest.approx(plain.lr * plain.slope)
 
 
 @pytest.mark.parametrize("method", [AGZO, ZOAct, MeZO])

@@ -137,7 +137,7 @@ def test_best_model_is_loaded_at_the_end(method: Any, arguments: Arguments) -> N
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(evaluated), rel=1e-6)
 
 
-@pytest.mark.parametrize("method", [zoft.AGZO, zoft.ZOAct, zoft.LOZO])
+@pytest.mark.parametrize("method", [zoft.AGZO, zoft.ZOAct, zoft.LOZO, zoft.MeZO])
 def test_resume(method: Any, arguments: Arguments, tmp_path: Path) -> None:
     """Six steps at once are three steps, a checkpoint, and three more."""
 

@@ -20,7 +20,8 @@ def train(
     task: common.TaskName = None,
     data: common.Data = None,
     objective: Annotated[
-        str | None, typer.Option(help="What to train for: the loss, or a metric of the task, such as accuracy or f1.")
+        str | None,
+        typer.Option(help="What to train for: loss, a metric such as f1, or a reward, FILE.py:FUNCTION."),
     ] = None,
     method: Annotated[str | None, typer.Option(help="auto, one of *zoft methods*, or fo-sgd, fo-adamw, lora.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimizer.")] = None,

@@ -5,8 +5,9 @@ from .collate import Collator
 from .custom import custom_task, parse_words
 from .dataset import TaskDataset
 from .encode import Encoder, Item
-from .metrics import score
+from .metrics import score, score_each
 from .objective import choose, examples, losses, positions_to_keep, read_logits, slope
+from .reward import is_reward, load_reward
 from .source import hold_out, load_rows, sample
 from .task import Row, Task, load_task, task_names
 
@@ -21,6 +22,8 @@ __all__ = [
     "custom_task",
     "examples",
     "hold_out",
+    "is_reward",
+    "load_reward",
     "load_rows",
     "load_task",
     "losses",
@@ -30,6 +33,7 @@ __all__ = [
     "read_logits",
     "sample",
     "score",
+    "score_each",
     "slope",
     "task_names",
 ]

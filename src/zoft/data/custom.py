@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from zoft.errors import UserError
 
+from .reward import is_reward
 from .task import Row, Task, template_columns
 
 
@@ -27,6 +28,7 @@ def custom_task(
     words: Mapping[str, str] | None = None,
     label: str | None = None,
     metric: str | None = None,
+    answered: bool = True,
 ) -> Task:
     """A task over columns that the user names.
 
@@ -34,10 +36,11 @@ def custom_task(
     given). The first column of the template is the one that is cut where the prompt is too long.
 
     Without, generation: the template ("{prompt}" if not given), then the text in column `label` ("completion" if
-    not given; a list holds all accepted texts). Nothing is cut.
+    not given; a list holds all accepted texts; the column may be missing if not `answered`). Nothing is cut.
 
     `metric` is "accuracy" (if not given) or "matthews" for the first, "exact_match" (if not given), "f1" or
-    "number_match" for the second. Raises UserError for a template without columns and a metric that does not fit.
+    "number_match" for the second, or a reward (`zoft.data.reward`). Raises UserError for a template without columns
+    and a metric that does not fit.
     """
     if words and not template:
         raise UserError('label words need a template such as "{text} It was"')
@@ -45,7 +48,7 @@ def custom_task(
     columns = template_columns(template)
     known = ("accuracy", "matthews") if words else ("exact_match", "f1", "number_match")
     metric = metric or known[0]
-    if metric not in known:
+    if metric not in known and not is_reward(metric):
         raise UserError(f"metric {metric!r} does not fit this task; choose from {', '.join(known)}")
     if words:
         return Task(
@@ -62,7 +65,7 @@ def custom_task(
     answer = label or "completion"
 
     def adapt(row: Row) -> Row:
-        value = row[answer]
+        value = row[answer] if answered else row.get(answer, "")
         return {"answers": [str(text) for text in (value if isinstance(value, list) else [value])]}
 
     return Task(
@@ -73,5 +76,6 @@ def custom_task(
         label=answer,
         adapt=adapt,
         metric=metric,
+        answered=answered,
         max_new_tokens=128,
     )

@@ -1,4 +1,4 @@
-"""How good predictions are: each metric is the mean over examples, or one number for all, between 0 and 1."""
+"""How good predictions are: each metric is the mean over examples, or one number for all, higher for better."""
 
 import math
 import re
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
+from .reward import is_reward, rewards
 from .task import Row, Task
 
 
@@ -62,12 +63,28 @@ def score(task: Task, predictions: Sequence[int] | Sequence[str], rows: Sequence
 
     Generated text counts up to the task's stop.
     """
-    if task.kind == "generation":
-        texts = [str(text).split(task.stop)[0] if task.stop else str(text) for text in predictions]
-        given: tuple[Sequence, Sequence] = texts, [row["answers"] for row in rows]
-    else:
-        given = predictions, [task.golds(row) for row in rows]
-    return {name: METRICS[name](*given) for name in (task.metric, *task.also)}
+    pair = _found_and_right(task, predictions, rows)
+    return {
+        name: fmean(score_each(task, name, predictions, rows)) if is_reward(name) else METRICS[name](*pair)
+        for name in (task.metric, *task.also)
+    }
+
+
+def score_each(task: Task, name: str, predictions: Sequence[int] | Sequence[str], rows: Sequence[Row]) -> list[float]:
+    """The metric `name`, which is a mean over examples, of each of them."""
+    found, right = _found_and_right(task, predictions, rows)
+    if not is_reward(name):
+        return [METRICS[name]([one], [its]) for one, its in zip(found, right, strict=True)]
+    texts = found if task.kind == "generation" else [task.choices(row)[i] for i, row in zip(found, rows, strict=True)]
+    return rewards(name, [task.show(row) for row in rows], texts, rows)
+
+
+def _found_and_right(task: Task, predictions: Sequence, rows: Sequence[Row]) -> tuple[Sequence, Sequence]:
+    """Texts and the accepted ones, or indices and the right ones."""
+    if task.kind != "generation":
+        return predictions, [task.golds(row) for row in rows]
+    texts = [str(text).split(task.stop)[0] if task.stop else str(text) for text in predictions]
+    return texts, [row["answers"] for row in rows]
 
 
 def _mean_of_best(

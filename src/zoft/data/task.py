@@ -49,6 +49,8 @@ class Task:
     splits: Mapping[str, str] = field(default_factory=dict)
     """The hub's names of "train" and "validation" where they differ from these."""
     max_new_tokens: int = 0
+    answered: bool = True
+    """Whether rows have to have an answer; one without has the empty text."""
     stop: str | None = None
     """Generated text ends here, if not at the end-of-sequence token before."""
 
@@ -100,7 +102,7 @@ class Task:
         choices, golds = self.choices(row), self.golds(row)
         if not isinstance(choices, list):
             raise UserError(f"expected a list of answers, found {type(choices).__name__}")
-        if not all(isinstance(text, str) and text.strip() for text in choices):
+        if not all(isinstance(text, str) and (text.strip() or not self.answered) for text in choices):
             raise UserError("an answer is empty or no text")
         if not golds or not all(0 <= gold < len(choices) for gold in golds):
             raise UserError("the answer is none of the choices")

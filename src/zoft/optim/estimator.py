@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from zoft.optim.landscape import CENTRE, Landscape
 from zoft.optim.noise import Key
 from zoft.optim.probe import Direction
+
+Shape = Literal["rank", "zscore"]
 
 
 @dataclass
@@ -86,6 +88,11 @@ class Probes:
     population does: ``g = (f_i - mean of the other f_j) / eps``, count forwards (one more for a due basis), and
     unbiased too.
 
+    With `shape`, the probes' losses are first replaced by what they are among one another (`shaped`), as evolution
+    strategies shape fitness (arXiv 1703.03864), and g is not divided by eps: the estimate, and with it what lr means,
+    depends neither on the objective's scale nor, for ``"rank"``, on more than the order of its values. It keeps the
+    gradient's direction, not its length. With per-example probes each example's losses are a population of their own.
+
     A probe whose losses are not finite adds nothing; its projected gradient is returned as it is.
     """
 
@@ -94,12 +101,17 @@ class Probes:
     scale: float = 1.0
     per_example: bool = False
     leave_one_out: bool = False
+    shape: Shape | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"the number of probes must be at least 1, not {self.count}")
         if self.leave_one_out and (self.two_sided or self.count < 2):
             raise ValueError("leave-one-out compares one-sided probes with one another: it takes two or more of them")
+        if self.shape not in (None, *get_args(Shape)):
+            raise ValueError(f"shape must be None or one of {', '.join(get_args(Shape))}, not {self.shape!r}")
+        if self.shape and not (self.two_sided or self.leave_one_out):
+            raise ValueError("shape compares probes with one another, not with f(0): set two_sided or leave_one_out")
 
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
         signs = (1, -1) if self.two_sided else (1,)
@@ -109,14 +121,17 @@ class Probes:
         points = [(direction, sign * landscape.eps) for direction in directions for sign in signs]
         losses = torch.stack(first + landscape.evaluate([CENTRE, *points] if wanted and not first else points))
         centre, moved = (losses[0], losses[1:]) if wanted else (None, losses)
-        gradients = self._differences(moved.unflatten(0, (-1, len(signs))), centre) / landscape.eps
+        values, unit = moved, landscape.eps
+        if self.shape:
+            values, unit = shaped(moved if self.per_example else moved.view(len(moved), -1).mean(1), self.shape), 1.0
+        gradients = self._differences(values.unflatten(0, (-1, len(signs))), centre) / unit
         for direction, gradient in zip(directions, gradients, strict=True):
             if math.isfinite(gradient.mean()):
                 estimate.add(direction, gradient / self.count, self.scale, landscape.branches.shared)
         return float((moved if centre is None else centre).mean()), [float(gradient.mean()) for gradient in gradients]
 
     def _differences(self, moved: Tensor, centre: Tensor | None) -> Tensor:
-        """eps g of each direction, from the losses on its one side or two, `moved` [directions, sides, ...]."""
+        """eps g of each direction (g, if shaped), from its one side or two: `moved` is [directions, sides, ...]."""
         ahead = moved[:, 0]
         if self.two_sided:
             return (ahead - moved[:, 1]) / 2
@@ -128,4 +143,19 @@ class Probes:
     def __str__(self) -> str:
         sides = "two-sided" if self.two_sided else "leave-one-out" if self.leave_one_out else "one-sided"
         each = " per example" if self.per_example else ""
-        return f"{sides}, {self.count} probe{'s' if self.count > 1 else ''}{each}"
+        shape = f", {self.shape}" if self.shape else ""
+        return f"{sides}, {self.count} probe{'s' if self.count > 1 else ''}{each}{shape}"
+
+
+def shaped(losses: Tensor, shape: Shape) -> Tensor:
+    """The `losses` of a population, float64 [points, ...], or their ranks, brought to mean 0 and variance 1.
+
+    Both are over the points. Equal losses share a rank. If all are equal, all become 0; if one is not finite, nan.
+    """
+    if shape == "rank":
+        other = losses.unsqueeze(1)
+        ranks = ((other > losses) + (other == losses) / 2).sum(1, dtype=losses.dtype)
+        losses = ranks.where(losses.isfinite(), math.nan)
+    centred = losses - losses.mean(0)
+    alike = losses.amax(0) - losses.amin(0) == 0  # rounding may give equal numbers a mean that is not theirs
+    return (centred / centred.square().mean(0).sqrt()).where(~alike, 0.0)

@@ -8,7 +8,7 @@ from . import text
 from .run import Run
 
 # Metrics that are means of zeros and ones: their standard error over n examples is at most .5 / sqrt(n).
-SHARES = ("accuracy", "exact_match", "number_match")
+COUNTED = ("accuracy", "exact_match", "number_match")
 
 
 class Tile(NamedTuple):
@@ -65,7 +65,7 @@ def basis(run: Run) -> str:
     if run.summary is None:
         return "The run has not finished: these are the figures of its log so far, the metric on the dev split."
     sentence, count, step = measured(run, "validation"), _count(run, "validation"), run.summary.get("best_step")
-    if count and run.metric in SHARES:
+    if count and run.metric in COUNTED:
         sentence += f", standard error at most {50 / math.sqrt(count):.1f} points"
     return f"{sentence}. The model kept is that of step {step}, the best on the dev split." if step else f"{sentence}."
 

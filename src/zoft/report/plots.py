@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from zoft.errors import UserError
 
 from .run import Record, series
-from .text import score
+from .text import SHARES, score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def metric_curve(lines: list[Record], metric: str) -> str:
     if not values:
         return ""
     figure, axes = _page_figure()
-    if metric != "matthews":
+    if metric in SHARES:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     axes.plot(forwards, values, color=ACCENT, linewidth=2, marker="o", markersize=4)
     axes.axhline(values[0], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))

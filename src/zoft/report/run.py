@@ -33,12 +33,13 @@ class Run:
     @cached_property
     def metric(self) -> str | None:
         """The name of the task's metric: the summary's, or else the first that was logged."""
+        from zoft.data import is_reward
         from zoft.data.metrics import METRICS
 
         if self.summary is not None:
             return self.summary["metric"]
         logged = (key.removeprefix("eval_") for line in self.evaluations for key in line)
-        return next((name for name in logged if name in METRICS), None)
+        return next((name for name in logged if name in METRICS or is_reward(name)), None)
 
     @cached_property
     def results(self) -> Record:

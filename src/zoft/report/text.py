@@ -1,5 +1,7 @@
 """Numbers and names as people read them."""
 
+SHARES = ("accuracy", "exact_match", "f1", "number_match")  # metrics from 0 to 1
+
 
 def words(name: str) -> str:
     """An identifier as words."""
@@ -14,13 +16,13 @@ def number(value: float) -> str:
 
 
 def score(metric: str, value: float) -> str:
-    """A metric's value: a share as a percentage, a correlation as it is."""
-    return f"{value:.3f}" if metric == "matthews" else f"{value:.1%}"
+    """A metric's value: a share as a percentage, others as they are."""
+    return f"{value:.1%}" if metric in SHARES else f"{value:.3f}"
 
 
 def change(metric: str, difference: float) -> str:
     """The difference of two values of a metric."""
-    return f"{difference:+.3f}" if metric == "matthews" else f"{100 * difference:+.1f} points"
+    return f"{100 * difference:+.1f} points" if metric in SHARES else f"{difference:+.3f}"
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from zoft.data import Task, custom_task, load_task, parse_words
+from zoft.data import Task, custom_task, is_reward, load_reward, load_task, parse_words
 from zoft.errors import UserError
 from zoft.train.files import free_folder, write_text
 from zoft.train.models import DTYPES, QUANTIZED, find_device
@@ -29,7 +29,8 @@ class TrainConfig:
     None for `lr`, `eps` and `schedule` means the method's own default; no `out`, a new folder of ``runs/`` named after
     task and method. What is ``"auto"`` is settled once the model is there (`zoft.train.auto`). With `seconds`, training
     ends after so many seconds of its steps, if not after `steps` before, and evaluates then; with `eval_seconds`, every
-    so many seconds as well. `objective` is what is trained for: the loss, or a metric of the task itself.
+    so many seconds as well. `objective` is what is trained for: the loss, a metric of the task, or a reward, which
+    then is the first of its metrics.
     """
 
     model: str
@@ -102,13 +103,24 @@ class TrainConfig:
 
     def load_task(self) -> Task:
         """The task named by `task`, or the one that `template`, `words` and `label` describe."""
+        reward = self.objective if is_reward(self.objective) else None
+        for name in filter(None, (reward, self.metric)):
+            if is_reward(name):
+                load_reward(name)
+        task = self._load_task(reward)
+        if reward is None or task.metric == reward:
+            return task
+        return dataclasses.replace(task, metric=reward, also=(task.metric, *task.also))
+
+    def _load_task(self, reward: str | None) -> Task:
         if self.task is not None:
             own = [name for name in ("template", "words", "label", "metric") if getattr(self, name) is not None]
             if own:
                 raise UserError(f"{own[0]} describes your own task: leave it out, or leave out task {self.task!r}")
             return load_task(self.task)
         words = parse_words(self.words) if self.words is not None else None
-        return custom_task(self.template, words, self.label, self.metric)
+        answered = reward is None or self.metric not in (None, reward)
+        return custom_task(self.template, words, self.label, self.metric or reward, answered)
 
     def check_objective(self, task: Task) -> None:
         """Raises UserError if the objective is no metric of single examples, or the method has to know its slope."""

@@ -10,7 +10,8 @@ t show three things:
 - **lr**: the step ``-lr g D`` changes the mean loss of other batches by ``(-lr rho + lr^2 c / 2) E[g^2]``. Above
   ``2 rho / c`` already the first step does harm. A smaller lr makes progress until rho, which falls as training goes
   on, has come down to ``lr c / 2``: the lr advised, ``2 ENDURING / c``, goes on until batches share one hundredth of a
-  squared slope. A step of Adam has the length of lr instead of lr g, so there the lr is rms(g) times as large.
+  squared slope. A step of Adam, of a shaped population or a normalised one has the length of lr instead of lr g, so
+  there the lr is rms(g) times as large.
 """
 
 from __future__ import annotations
@@ -140,7 +141,10 @@ def diagnose(
         (w.losses[steady] + w.losses[-steady] - 2 * w.losses[0.0]) / steady**2 for pair in walks for w in pair
     )
     agreement = fmean(g * slope(second) for g, (_, second) in zip(true, walks, strict=True)) / size**2
-    unit = size if isinstance(optimizer.update, Adam) else probes.scale * probes.count  # of lr, for a step of g D
+    adam = isinstance(optimizer.update, Adam)
+    unit = 1.0 if adam else probes.scale * probes.count  # of lr, for a step of g D
+    if adam or probes.shape or optimizer.pace.normalise:
+        unit *= size
     lr, largest = (2 * rho * unit / curvature if curvature > 0 else None for rho in (ENDURING, agreement))
     relative = {sides: [e / size for e in values] for sides, values in errors.items()}
     forwards = len(walks) * 2 * (2 * len(distances) + 1)

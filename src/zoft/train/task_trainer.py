@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from zoft.data import Collator, Task, choose, examples, losses, read_candidates, read_logits, score, slope
+from zoft.data import Collator, Task, choose, examples, losses, read_candidates, read_logits, score, score_each, slope
 from zoft.optim import Loss
 from zoft.train.config import LOSS
 from zoft.train.trainer import ZOTrainer
@@ -130,8 +130,8 @@ class TaskTrainer(ZOTrainer):
         """One minus the objective, of each example [B]."""
         dataset: Any = self.train_dataset
         _, found, index = self.prediction_step(model, inputs, prediction_loss_only=False)
-        pairs = zip(self._decode(found.cpu().numpy()), index.tolist(), strict=True)
-        return torch.tensor([1 - score(self.task, [guess], [dataset.rows[i]])[self.objective] for guess, i in pairs])
+        rows, guesses = [dataset.rows[i] for i in index.tolist()], self._decode(found.cpu().numpy())
+        return 1 - torch.tensor(score_each(self.task, self.objective, guesses, rows), dtype=torch.float64)
 
     def _generate(self, inputs: dict[str, Tensor]) -> Tensor:
         model: Any = self.model

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from zoft.optim.estimator import Probes
+from zoft.optim.estimator import Probes, Shape
 from zoft.optim.optimizer import ZeroOrder
 from zoft.optim.subspace import Activation
 from zoft.optim.update import SGD
@@ -42,6 +42,7 @@ class AGZO(ZeroOrder):
         probes: int = 1,
         per_example: bool = False,
         leave_one_out: bool = False,
+        shape: Shape | None = None,
         others: Literal["frozen", "gaussian"] = "frozen",
         **options: Any,
     ) -> None:
@@ -50,7 +51,7 @@ class AGZO(ZeroOrder):
             lr=lr,
             eps=eps,
             subspace=Activation(rank, power_steps, renew_every),
-            estimator=Probes(probes, two_sided, per_example=per_example, leave_one_out=leave_one_out),
+            estimator=Probes(probes, two_sided, 1.0, per_example, leave_one_out, shape),
             update=SGD(),
             others=others,
             **options,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from zoft.optim.estimator import Probes
+from zoft.optim.estimator import Probes, Shape
 from zoft.optim.optimizer import ZeroOrder
 from zoft.optim.subspace import Maintained
 from zoft.optim.update import SGD
@@ -37,6 +37,7 @@ class AIMZO(ZeroOrder):
         power_steps: int | None = 3,
         probes: int = 4,
         per_example: bool = False,
+        shape: Shape | None = None,
         others: Literal["frozen", "gaussian"] = "frozen",
         **options: Any,
     ) -> None:
@@ -45,7 +46,7 @@ class AIMZO(ZeroOrder):
             lr=lr,
             eps=eps,
             subspace=Maintained(rank, power_steps, active=active, shared=shared, rate=rate),
-            estimator=Probes(probes, per_example=per_example, leave_one_out=True),
+            estimator=Probes(probes, per_example=per_example, leave_one_out=True, shape=shape),
             update=SGD(),
             others=others,
             **options,

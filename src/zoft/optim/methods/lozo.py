@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from zoft.optim.estimator import Probes
+from zoft.optim.estimator import Probes, Shape
 from zoft.optim.optimizer import ZeroOrder
 from zoft.optim.subspace import RandomLowRank
 from zoft.optim.update import SGD
@@ -38,6 +38,7 @@ class LOZO(ZeroOrder):
         momentum: float = 0.0,
         probes: int = 1,
         per_example: bool = False,
+        shape: Shape | None = None,
         others: Literal["frozen", "gaussian"] = "gaussian",
         **options: Any,
     ) -> None:
@@ -46,7 +47,7 @@ class LOZO(ZeroOrder):
             lr=lr,
             eps=eps,
             subspace=RandomLowRank(rank, renew_every),
-            estimator=Probes(probes, two_sided=True, scale=rank, per_example=per_example),
+            estimator=Probes(probes, two_sided=True, scale=rank, per_example=per_example, shape=shape),
             update=SGD(momentum),
             others=others,
             **options,

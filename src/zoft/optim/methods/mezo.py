@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from zoft.optim.estimator import Probes
+from zoft.optim.estimator import Probes, Shape
 from zoft.optim.optimizer import ZeroOrder
 from zoft.optim.subspace import Full
 from zoft.optim.update import SGD
@@ -27,14 +27,21 @@ class MeZO(ZeroOrder):
     paper = "arXiv 2305.17333"
 
     def __init__(
-        self, model: nn.Module, lr: float = 1e-6, eps: float = 1e-3, *, probes: int = 1, **options: Any
+        self,
+        model: nn.Module,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        probes: int = 1,
+        shape: Shape | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(
             model,
             lr=lr,
             eps=eps,
             subspace=Full(),
-            estimator=Probes(probes, two_sided=True),
+            estimator=Probes(probes, two_sided=True, shape=shape),
             update=SGD(),
             **options,
         )

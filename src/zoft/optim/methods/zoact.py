@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from zoft.optim.estimator import Probes
+from zoft.optim.estimator import Probes, Shape
 from zoft.optim.optimizer import ZeroOrder
 from zoft.optim.subspace import Activation
 from zoft.optim.update import SGD, Adam
@@ -42,6 +42,7 @@ class ZOAct(ZeroOrder):
         probes: int = 1,
         per_example: bool = False,
         leave_one_out: bool = False,
+        shape: Shape | None = None,
         two_sided: bool = False,
         adam: bool = True,
         exclude: tuple[str, ...] = HEADS,
@@ -52,7 +53,7 @@ class ZOAct(ZeroOrder):
             lr=lr,
             eps=eps,
             subspace=Activation(rank, power_steps, renew_every=None),
-            estimator=Probes(probes, two_sided, per_example=per_example, leave_one_out=leave_one_out),
+            estimator=Probes(probes, two_sided, 1.0, per_example, leave_one_out, shape),
             update=Adam(into="coefficients") if adam else SGD(into="coefficients"),
             exclude=exclude,
             **options,

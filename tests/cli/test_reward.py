@@ -1,0 +1,77 @@
+"""``--objective FILE.py:FUNCTION``: training for a reward of generated text, by probes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Outcome
+from .test_objective import losses
+
+REWARD = """
+import re
+def share(completions, **_):
+    return [len(re.findall(r"[e-z]", text)) / (1 + len(text)) for text in completions]
+"""
+
+
+@pytest.fixture
+def reward(tmp_path: Path) -> str:
+    (tmp_path / "rewards.py").write_text(REWARD)
+    return f"{tmp_path / 'rewards.py'}:share"
+
+
+@pytest.fixture
+def prompts(write: Callable[[Path, list[dict[str, Any]]], Path], tmp_path: Path) -> Path:
+    """Prompts and nothing else."""
+    return write(tmp_path / "prompts.jsonl", [{"prompt": f"{word} It was"} for word in ("fine", "dull", "tea") * 8])
+
+
+def test_training_for_a_reward(
+    zoft: Callable[..., Outcome], model: Path, reward: str, prompts: Path, tmp_path: Path
+) -> None:
+    """It is what the loss, the checkpoint kept and the summary go by; the run knows it again."""
+    out, population = tmp_path / "run", ("-o", "probes=4", "-o", "leave_one_out=true", "-o", "shape=rank")
+    summary = zoft(
+        "train", model, "--data", prompts, "--objective", reward, "--method", "zo-act", "--eps", "1", "--lr", "0.3",
+        *population, "--steps", 8, "--eval-steps", 4, "--batch-size", 8, "--out", out, "--json",
+    ).json()  # fmt: skip
+    assert summary["metric"] == reward
+    assert summary["best_dev"] > summary["initial_dev"]
+    assert all(0 <= loss < 1 for loss in losses(out))
+    assert zoft("eval", out, "--json").json()[reward] == pytest.approx(summary["best"], abs=1e-6)
+    page = (out / "report.html").read_text()
+    assert "rewards.py:share" in page and "✗ wrong" not in page
+
+
+def test_of_a_task_it_is_the_first_metric(
+    zoft: Callable[..., Outcome], model: Path, data: Path, reward: str, tmp_path: Path
+) -> None:
+    done = zoft(
+        "train", model, "--task", "sst2", "--data", data, "--objective", reward, "--method", "agzo", "--eps", "0.3",
+        "--steps", 2, "--batch-size", 4, "--out", tmp_path / "run", "--json",
+    )  # fmt: skip
+    assert list(done.json()["metrics"]) == [reward, "accuracy"]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--objective", "rewards.py:share"), "rewards.py:share: FileNotFoundError"),
+        (("--objective", "REWARD"), "has no slope: choose a method with probes"),
+        (("--metric", "REWARD", "--method", "zo-act"), "no column 'completion'"),
+    ],
+)
+def test_mistakes(
+    flags: tuple[str, ...],
+    said: str,
+    zoft: Callable[..., Outcome],
+    model: Path,
+    reward: str,
+    prompts: Path,
+    tmp_path: Path,
+) -> None:
+    given = [reward if flag == "REWARD" else flag for flag in flags]
+    done = zoft("train", model, "--data", prompts, *given, "--out", tmp_path / "run")
+    assert done.code == 2 and said in done.err
