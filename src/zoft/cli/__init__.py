@@ -16,6 +16,7 @@ from zoft.cli.doctor import doctor
 from zoft.cli.eval import evaluate
 from zoft.cli.export import export
 from zoft.cli.methods import methods
+from zoft.cli.replay import replay
 from zoft.cli.report import report
 from zoft.cli.tasks import tasks
 from zoft.cli.train import train
@@ -37,6 +38,7 @@ app.command()(align)
 app.add_typer(bench, name="bench")
 app.command()(doctor)
 app.command()(export)
+app.command()(replay)
 app.command()(demo)
 app.command()(report)
 app.command()(methods)
