@@ -24,6 +24,9 @@ from zoft.errors import UserError
 
 BACKENDS = ("torchao", "bitsandbytes", "torch.utils._pytree")  # PEFT imports them, where they are, and they talk
 
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+UNWRITABLE |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+
 app = typer.Typer(
     name="zoft",
     help="Fine-tune language models with forward passes only: the memory of inference, no backpropagation.",
@@ -54,7 +57,7 @@ def main() -> None:
     except UserError as error:
         fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if error.errno not in UNWRITABLE:
             raise
         fail(f"cannot write {error.filename or 'a file'}: {error.strerror}")
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import zlib
@@ -62,6 +63,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
             remove(target)
         aside.rename(target)
         _sync(target.parent)
+    except Exception as error:
+        if isinstance(error, OSError) or shutil.disk_usage(saving).free > BLOCK:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error  # torch.save does not say so
     finally:
         shutil.rmtree(saving, ignore_errors=True)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from zoft.train.checkpoints import whole_folder
 from zoft.train.steps import StepLog
 from zoft.train.trainer import OPTIMIZER_STATE, ZOTrainer
 
@@ -27,12 +28,12 @@ class Guard:
 
     def keep_initial(self) -> None:
         """Keep the initial state on the disk."""
-        trainer, folder = self._trainer, self._folder / INITIAL
+        trainer = self._trainer
         assert trainer.optimizer is not None
-        if not trainer._saves_adapter:
-            trainer.save_model(str(folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(trainer.optimizer.state_dict(), folder / OPTIMIZER_STATE)
+        with whole_folder(self._folder / INITIAL) as folder:
+            if not trainer._saves_adapter:
+                trainer.save_model(str(folder))
+            torch.save(trainer.optimizer.state_dict(), folder / OPTIMIZER_STATE)
 
     def back_off(self, step: int) -> str:
         """Go back to a state of before `step`, cut the learning rate, and say both in words."""

@@ -189,6 +189,12 @@ class TaskTrainer(ZOTrainer):
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """No further step if the checkpoint was the last one: Trainer looks for the end only after a step."""
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **options)
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._place is None else str(self._place)
 

@@ -51,6 +51,7 @@ class Watch(TrainerCallback, ExportableState):
         found = states.setdefault(type(self).__name__, self.state())["attributes"]
         self._history, self._cuts = History(**found["history"]), found["cuts"]
         self._zero = self._zeros()
+        control.should_training_stop = self._cuts > CUTS
         if self._guard is not None and state.global_step == 0:
             self._guard.keep_initial()
 
