@@ -43,8 +43,10 @@ def alone(out: Path) -> Iterator[None]:
             shutil.rmtree(out / left, ignore_errors=True)
         yield
     finally:
+        if os.name != "nt":  # where a file in use cannot be deleted
+            (out / LOCK).unlink(missing_ok=True)
         lock.release()
-        if made and {path.name for path in out.iterdir()} <= {LOCK}:
+        if made and not [path for path in out.iterdir() if path.name != LOCK]:
             shutil.rmtree(out)
 
 
