@@ -174,7 +174,7 @@ def test_disk_full_on_the_way(error: Exception, train: Callable[..., Outcome], m
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("zoft.train.run._save_result", fail)
+    monkeypatch.setattr("zoft.train.run.write_report", fail)
     assert_refused(train(), "No space left on device")
 
 

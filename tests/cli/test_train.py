@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import zoft.train.run
 from train.tiny import TOKENIZER
 from zoft import __version__
+from zoft.train.optimizers import FIRST_ORDER
 
 from .conftest import Outcome
 
@@ -90,6 +91,7 @@ def test_run(
     assert {entry.name for entry in out.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "summary.json", "initial.json", "examples.json", "report.html"),
         "adapter" if method in ("zo-act", "guided", "lora") else "model",
+        *([] if method in FIRST_ORDER else ["steps.bin"]),
     }
 
     [trained] = loaded

@@ -108,7 +108,7 @@ def test_the_expectation_is_the_gradients_direction(shape: Shape) -> None:
     count, layer = 4, nn.Linear(3, 4, bias=False)
     slope = torch.randn(4, 3)
     eye = torch.eye(3)
-    optimizer = AGZO(layer, eps=1e-2, rank=3, probes=count, leave_one_out=True, shape=shape)
+    optimizer = AGZO(layer, eps=1e-2, rank=3, probes=count, leave_one_out=True, shape=shape, seed=1)
     estimates = []
     for _ in range(1500):
         optimizer.estimate(lambda: (layer(eye).t() * slope).sum())

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from zoft.train import TaskTrainer
@@ -16,7 +16,7 @@ def best_step(evaluations: list[tuple[float, float | None]]) -> int | None:
     trainer.args = SimpleNamespace(
         metric_for_best_model="eval_accuracy", greater_is_better=True, save_strategy=SaveStrategy.BEST
     )
-    trainer.save_steps, trainer.state = None, TrainerState()
+    trainer.save_steps, trainer.state, trainer.control = None, TrainerState(), TrainerControl()
     saved = []
     for step, (accuracy, loss) in enumerate(evaluations, start=1):
         metrics = {"eval_accuracy": accuracy} | ({} if loss is None else {"eval_loss": loss})

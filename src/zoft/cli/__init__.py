@@ -16,12 +16,16 @@ from zoft.cli.doctor import doctor
 from zoft.cli.eval import evaluate
 from zoft.cli.export import export
 from zoft.cli.methods import methods
+from zoft.cli.replay import replay
 from zoft.cli.report import report
 from zoft.cli.tasks import tasks
 from zoft.cli.train import train
 from zoft.errors import UserError
 
 BACKENDS = ("torchao", "bitsandbytes", "torch.utils._pytree")  # PEFT imports them, where they are, and they talk
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+UNWRITABLE |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 app = typer.Typer(
     name="zoft",
@@ -37,6 +41,7 @@ app.command()(align)
 app.add_typer(bench, name="bench")
 app.command()(doctor)
 app.command()(export)
+app.command()(replay)
 app.command()(demo)
 app.command()(report)
 app.command()(methods)
@@ -52,7 +57,7 @@ def main() -> None:
     except UserError as error:
         fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if error.errno not in UNWRITABLE:
             raise
         fail(f"cannot write {error.filename or 'a file'}: {error.strerror}")
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -115,10 +116,10 @@ def train(
     console = common.console(quiet=as_json)
     try:
         summary = run(settings, console, resume=resume is not None)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if (Path(settings.out) / "config.yaml").is_file():
             print(f"zoft: interrupted; continue with: zoft train --resume {settings.out}", file=sys.stderr)
-        raise
+        raise typer.Exit(128 + getattr(stopped, "signal", signal.SIGINT)) from None
     if as_json:
         common.print_json(summary)
         return

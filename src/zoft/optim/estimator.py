@@ -27,12 +27,14 @@ class Estimate:
     """A gradient estimate: ``C A^T`` for each linear map, and ``sum of c z`` for the dense parameters.
 
     `factors` holds C, float32 [d_out, r], by map name; `dense` the noise streams z with their c. After `merge`,
-    both are sums over `count` batches, and the gradient estimate is their mean.
+    both are sums over `count` batches, and the gradient estimate is their mean. Of a single batch, `probed` holds the
+    directions probed and what was found along each, float64 [] or [examples].
     """
 
     factors: dict[str, Tensor] = field(default_factory=dict)
     dense: list[tuple[Key, float]] = field(default_factory=list)
     count: int = 0
+    probed: list[tuple[Direction, Tensor]] = field(default_factory=list)
 
     def add(
         self, direction: Direction, coefficient: Tensor, scale: float = 1.0, shared: Set[str] = frozenset()
@@ -120,15 +122,20 @@ class Probes:
         directions = [landscape.draw(self.per_example) for _ in range(self.count)]
         points = [(direction, sign * landscape.eps) for direction in directions for sign in signs]
         losses = torch.stack(first + landscape.evaluate([CENTRE, *points] if wanted and not first else points))
+        if not self.per_example:
+            losses = losses.view(len(losses), -1).mean(1)
         centre, moved = (losses[0], losses[1:]) if wanted else (None, losses)
-        values, unit = moved, landscape.eps
-        if self.shape:
-            values, unit = shaped(moved if self.per_example else moved.view(len(moved), -1).mean(1), self.shape), 1.0
+        values, unit = (shaped(moved, self.shape), 1.0) if self.shape else (moved, landscape.eps)
         gradients = self._differences(values.unflatten(0, (-1, len(signs))), centre) / unit
-        for direction, gradient in zip(directions, gradients, strict=True):
-            if math.isfinite(gradient.mean()):
-                estimate.add(direction, gradient / self.count, self.scale, landscape.branches.shared)
+        estimate.probed = list(zip(directions, gradients, strict=True))
+        self.weigh(estimate, landscape.branches.shared)
         return float((moved if centre is None else centre).mean()), [float(gradient.mean()) for gradient in gradients]
+
+    def weigh(self, estimate: Estimate, shared: Set[str]) -> None:
+        """Add the directions that `estimate` has probed, each times what was found along it, averaged."""
+        for direction, gradient in estimate.probed:
+            if math.isfinite(gradient.mean()):
+                estimate.add(direction, gradient / self.count, self.scale, shared)
 
     def _differences(self, moved: Tensor, centre: Tensor | None) -> Tensor:
         """eps g of each direction (g, if shaped), from its one side or two: `moved` is [directions, sides, ...]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from zoft.optim.noise import Key
 from zoft.optim.pace import Pace
 from zoft.optim.pending import Pending
 from zoft.optim.probe import SideBranches
+from zoft.optim.replay import Trace, trace
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank, Subspace, change_of_basis
 from zoft.optim.update import SGD, State, Update
 from zoft.optim.write import add_dense_, add_noise_
@@ -150,8 +151,9 @@ class ZeroOrder(torch.optim.Optimizer):
         self.loss, self.projected_gradients = math.nan, []  # type: float, list[float]
         self.updates: dict[str, State] = {}  # what the update rule keeps, by map or parameter name
         self.renewed_at: int | None = None  # step of the last renewal
+        self.traces: list[Trace] = []  # of the estimates since the last step
         self._drawn = 0  # directions drawn in this step
-        self._unused: set[str] = set()  # dense parameters that the last estimate's passes did not read
+        self._unused: Set[str] = set()  # dense parameters that the last estimate's passes did not read
         self._estimate: Estimate | None = None
         self._warned: set[str] = set()
 
@@ -180,8 +182,7 @@ class ZeroOrder(torch.optim.Optimizer):
         share the bases of the first, and each draws directions of its own.
         """
         subspace, key = self.subspace, (self.seed, self.counters.steps)
-        if self._due and isinstance(subspace, RandomLowRank):
-            self.set_bases(subspace.draw(self.maps, key))
+        self.draw_bases()
         capture = None
         if self._due and isinstance(subspace, Activation):
             capture = self._capture()
@@ -199,10 +200,20 @@ class ZeroOrder(torch.optim.Optimizer):
             self.probe_batching,
         )
         found = Estimate()
-        self.loss, self.projected_gradients = self.estimator(landscape, found)
+        self.loss, gradients = self.estimator(landscape, found)
         self.counters.forwards += landscape.forwards
         self._drawn = landscape.drawn
-        self._unused = self.dense.keys() - landscape.used
+        unread = self.dense.keys() - landscape.used
+        self.traces.append(trace(self, found, unread))
+        self.add(found, gradients, unread)
+        return torch.tensor(self.loss)
+
+    def add(self, found: Estimate, gradients: list[float], unread: Set[str]) -> None:
+        """Add what was `found`, by projected `gradients`, to the estimates since the last step, if it is sound.
+
+        Parameters that were `unread` stay still.
+        """
+        self.projected_gradients, self._unused = gradients, unread
         if self._unused:
             self._warn(
                 "unused",
@@ -210,8 +221,8 @@ class ZeroOrder(torch.optim.Optimizer):
                 f"still, for instance {min(self._unused)}",
             )
         total = self._estimate = self._estimate or Estimate()
-        finite = [g for g in self.projected_gradients if math.isfinite(g)]
-        if self.projected_gradients and not finite:
+        finite = [g for g in gradients if math.isfinite(g)]
+        if gradients and not finite:
             self.counters.skipped += 1
             message = "the loss is not finite; the estimate was skipped. Try a smaller lr or eps"
             self._warn("skipped", message, EstimateWarning)
@@ -220,7 +231,6 @@ class ZeroOrder(torch.optim.Optimizer):
             self._warn("zero", "the loss did not change under the perturbation; try a larger eps", EstimateWarning)
         else:
             total.merge(found, self.pace(finite) if finite else 1.0)
-        return torch.tensor(self.loss)
 
     @torch.no_grad()
     def calibrate(self, *closures: Closure) -> None:
@@ -258,7 +268,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     def take_estimate(self) -> Estimate | None:
         """Hand over the estimate since the last step without moving, and go on to the next step's noise."""
-        estimate, self._estimate, self._drawn = self._estimate, None, 0
+        estimate, self._estimate, self._drawn, self.traces = self._estimate, None, 0, []
         self.counters.steps += 1
         return estimate
 
@@ -302,6 +312,11 @@ class ZeroOrder(torch.optim.Optimizer):
         self.pending.write(self.maps, self._rounding_key)
 
     # --- bases ---------------------------------------------------------------------------------------------
+
+    def draw_bases(self) -> None:
+        """Draw new bases, if they are random and due."""
+        if isinstance(self.subspace, RandomLowRank) and self._due:
+            self.set_bases(self.subspace.draw(self.maps, (self.seed, self.counters.steps)))
 
     @property
     def _due(self) -> bool:
@@ -351,9 +366,9 @@ class ZeroOrder(torch.optim.Optimizer):
         """
         checkpoint.unpack(self, state_dict)
         self.pending.clear()
-        self._estimate, self._drawn = None, 0
+        self._estimate, self._drawn, self.traces = None, 0, []
 
     def _warn(self, kind: str, message: str, category: type[Warning] = UserWarning) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(f"{message} (step {self.counters.steps}; said once, counted on)", category, stacklevel=4)
+            warnings.warn(f"{message} (step {self.counters.steps}; said once, counted on)", category, stacklevel=5)

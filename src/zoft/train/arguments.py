@@ -32,7 +32,6 @@ def training_arguments(config: TrainConfig, task: Task, folder: str) -> Training
             eval_strategy="steps",
             eval_steps=config.eval_steps,
             save_strategy="best",
-            save_total_limit=2,  # the best and the last
             metric_for_best_model=f"eval_{task.metric}",
             greater_is_better=True,
             logging_steps=min(config.log_steps, config.steps),

@@ -35,11 +35,11 @@ class RunLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A resumed run goes on from the seconds of its checkpoint; what was logged after it happens again."""
-        texts = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
+        texts = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
         kept = [text for text in texts if _step(text) <= state.global_step]
         if kept:
             self.seconds = json.loads(kept[-1])["seconds"]
-        write_text(self.path, "".join(kept))
+        write_text(self.path, b"".join(kept).decode())
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started = time.perf_counter()
@@ -132,9 +132,9 @@ class LiveProgress(TrainerCallback):
             self._live.console.print()  # in a file or a pipe the lines end without a line break
 
 
-def _step(text: str) -> float:
+def _step(text: bytes) -> float:
     """The step of a line of the log; infinite for a line that an interrupted run has torn."""
     try:
-        return json.loads(text)["step"]
-    except ValueError:
+        return json.loads(text)["step"] if text.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError):
         return math.inf

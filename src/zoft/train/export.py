@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +15,7 @@ from zoft.errors import UserError
 from zoft.optim.layers import find_linear_maps
 from zoft.train.adapter import Factors, take_apart, write_lora
 from zoft.train.config import TrainConfig
+from zoft.train.files import write_folder
 from zoft.train.models import load_model
 
 RANK = 16  # of an adapter made of full weights
@@ -65,7 +63,7 @@ def merge(name: str, folder: Path, dtype: str = "auto") -> float:
         merged.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
 
-    _write_folder(folder, write)
+    write_folder(folder, write)
     return (lost / wanted) ** 0.5 if wanted else 0.0
 
 
@@ -107,7 +105,7 @@ def learned(name: str, base: str | None = None, rank: int = RANK) -> Learned:
 def to_peft(found: Learned, folder: Path) -> None:
     """Save `found` as a LoRA adapter that PEFT loads on the base model."""
     transposed = any(m.transposed for m in find_linear_maps(found.base))
-    _write_folder(folder, lambda aside: write_lora(aside, found.factors, found.base, transposed))
+    write_folder(folder, lambda aside: write_lora(aside, found.factors, found.base, transposed))
 
 
 def to_gguf(found: Learned, file: Path) -> None:
@@ -165,17 +163,3 @@ def _weights(model: Any) -> dict[str, Tensor]:
         for m in find_linear_maps(model)
         if m.weight is not None
     }
-
-
-def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """What `write` puts into a folder, complete or not at all."""
-    if folder.exists():
-        raise UserError(f"{folder} is there already: choose another --out")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        write(aside)
-        aside.chmod(0o755)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

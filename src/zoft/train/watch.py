@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 from zoft.train.callbacks import RunLog
 from zoft.train.divergence import RECENT, History
 from zoft.train.guard import CUT, Guard
+from zoft.train.steps import StepLog
 from zoft.train.trainer import ZOTrainer
 
 CUTS = 5  # of the learning rate, before the run is ended
@@ -33,9 +34,11 @@ class Watch(TrainerCallback, ExportableState):
     does.
     """
 
-    def __init__(self, trainer: ZOTrainer, console: Console, log: RunLog, guard: bool) -> None:
+    def __init__(
+        self, trainer: ZOTrainer, console: Console, log: RunLog, guard: bool, steps: StepLog | None = None
+    ) -> None:
         self._trainer, self._console, self._log = trainer, console, log
-        self._guard = Guard(trainer) if guard else None
+        self._guard = Guard(trainer, steps) if guard else None
         self._history, self._cuts = History(), 0
         self._zero = 0  # what the optimizer has counted so far
         self._said: set[str] = set()
@@ -48,6 +51,7 @@ class Watch(TrainerCallback, ExportableState):
         found = states.setdefault(type(self).__name__, self.state())["attributes"]
         self._history, self._cuts = History(**found["history"]), found["cuts"]
         self._zero = self._zeros()
+        control.should_training_stop = self._cuts > CUTS
         if self._guard is not None and state.global_step == 0:
             self._guard.keep_initial()
 
