@@ -30,23 +30,26 @@ class Basis(NamedTuple):
     sigma: Tensor
 
 
-def leading_basis(rows: Tensor, omega: Tensor, power_steps: int | None) -> Basis:
+def leading_basis(
+    rows: Tensor, omega: Tensor, power_steps: int | None, total: Callable[[Tensor], Tensor] = lambda part: part
+) -> Basis:
     """Leading left singular vectors of ``H = rows^T``, where `rows` is [T, d_in] in any floating dtype.
 
     Randomised power iteration (AGZO, algorithm 1): ``Q = qr(H omega)``, then `power_steps` times
     ``Q = qr(H (H^T Q))``, with `omega` float32 [T, r]; the rank is at most min(T, d_in). ``power_steps=None``
-    takes the exact singular value decomposition instead. Products are taken in float32, `ROWS` rows at a time.
+    takes the exact singular value decomposition instead. Products are taken in float32, `ROWS` rows at a time. Where H
+    lies in parts, `rows` and `omega` are those of one, and `total` sums a product over all.
     """
-    rank = min(omega.shape[1], *rows.shape)
+    rank = min(omega.shape[1], rows.shape[1])
     if len(rows) <= ROWS:
         rows = rows.float()  # once for all products
     if power_steps is None:
         _, sigma, vectors = torch.linalg.svd(rows.float(), full_matrices=False)
         return Basis(vectors[:rank].t().contiguous(), sigma[:rank])
     product = _sum(part.t() @ omega[start : start + len(part), :rank] for start, part in _float_parts(rows))
-    q, triangle = torch.linalg.qr(product)
+    q, triangle = torch.linalg.qr(total(product))
     for _ in range(power_steps):
-        q, triangle = torch.linalg.qr(covariance_product(rows, q))
+        q, triangle = torch.linalg.qr(total(covariance_product(rows, q)))
     sigma = triangle.diagonal().abs()  # of H omega for no step at all, of H H^T = sigma^2 after some
     return Basis(q, sigma.sqrt() if power_steps else sigma)
 

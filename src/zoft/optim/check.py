@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from zoft.optim.estimator import Estimator, Probes
+from zoft.optim.layers import LinearMap
+from zoft.optim.ranks import Ranks
 from zoft.optim.subspace import Activation, Full, Subspace
 from zoft.optim.update import Update
 
@@ -27,6 +30,17 @@ def check_axes(subspace: Subspace, update: Update, others: str) -> None:
             raise ValueError("coefficients need a basis that stays: Activation(renew_every=None)")
         if others != "frozen":
             raise ValueError("coefficients leave every other parameter frozen: others must be 'frozen'")
+
+
+def check_ranks(ranks: Ranks, estimator: Estimator, maps: Sequence[LinearMap]) -> None:
+    """Raises ValueError if several processes cannot take one step."""
+    if ranks.count > 1 and getattr(estimator, "per_example", False):
+        raise ValueError("per-example probes are for one process: each example's direction is known to its own alone")
+    if ranks.share_data and any(layer.fused is not None for layer in maps):
+        raise ValueError(
+            "processes with parts of a batch would each see tokens of other experts, and wait for one another: "
+            "exclude=['*experts*'], or parallel='probes'"
+        )
 
 
 def check_folding(every: int, subspace: Subspace, estimator: Estimator, update: Update) -> None:

@@ -118,12 +118,13 @@ class Probes:
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
         signs = (1, -1) if self.two_sided else (1,)
         wanted = landscape.needs_clean or self.per_example or not (self.two_sided or self.leave_one_out)
-        first = landscape.evaluate([CENTRE]) if self.per_example else []  # shows how many examples there are
+        each = self.per_example
+        first = landscape.evaluate([CENTRE], each) if each else None  # shows how many examples there are
         directions = [landscape.draw(self.per_example) for _ in range(self.count)]
         points = [(direction, sign * landscape.eps) for direction in directions for sign in signs]
-        losses = torch.stack(first + landscape.evaluate([CENTRE, *points] if wanted and not first else points))
-        if not self.per_example:
-            losses = losses.view(len(losses), -1).mean(1)
+        losses = landscape.evaluate([CENTRE, *points] if wanted and first is None else points, each)
+        losses = losses if first is None else torch.cat((first, losses))
+        landscape.complete(directions)
         centre, moved = (losses[0], losses[1:]) if wanted else (None, losses)
         values, unit = (shaped(moved, self.shape), 1.0) if self.shape else (moved, landscape.eps)
         gradients = self._differences(values.unflatten(0, (-1, len(signs))), centre) / unit

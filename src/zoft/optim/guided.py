@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoft.optim.capture import Tokens
@@ -55,12 +56,17 @@ class Guided:
             raise ValueError("two_pass keeps nothing to go through feed-forward parts with: set feed_forward=False")
 
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
+        ranks = landscape.ranks
+        if ranks.share_probes:
+            raise ValueError("guided has no probes that processes could share: leave parallel at 'data'")
         if self._stream is None:
-            self._stream = find_stream(landscape.model, landscape.forward)
+            found = find_stream(landscape.model, landscape.forward)
             landscape.forwards -= 1  # a look at the model, which a resumed run takes again: no part of the training
+            if ranks.total(torch.tensor(float(found is None))):  # on any of them
+                return math.nan, [math.nan]
+            self._stream = found
         stream = self._stream
-        if stream is None:
-            return float(landscape.losses.mean()), [math.nan]
+        assert stream is not None
         landscape.reached = stream.reached(self.feed_forward)
         writers = [] if self.two_pass else stream.writers
         norms = {writer.norm.module for writer in writers if writer.norm}
@@ -78,6 +84,7 @@ class Guided:
                 landscape.forward()
         else:
             way.through(stream, error)
+        estimate.factors = ranks.average(estimate.factors, landscape.losses.numel())
         return loss, []
 
     def __str__(self) -> str:

@@ -18,6 +18,7 @@ from zoft.optim.layers import LinearMap, device_of
 from zoft.optim.loss import Loss
 from zoft.optim.noise import Key
 from zoft.optim.probe import Direction, Factors, SideBranches, lent
+from zoft.optim.ranks import Ranks
 
 Closure = Callable[[], Tensor | Loss | float]
 Point = tuple[Direction | None, float]  # how far along a direction
@@ -32,6 +33,7 @@ class Landscape:
     some of their columns. If `capture` is given, the bases are due for renewal: the next pass at the centre runs inside
     it, and what it yields is handed to `renew`, or that part of it which is of the maps `reached`. With `batching`, the
     points asked for together are evaluated in one pass, on as many copies of the batch; `capture` gets their number.
+    The losses that `evaluate` gives are those of all `ranks`.
 
     `forwards` counts the passes, a copy as one, `used` collects the dense parameters that a perturbed pass has read.
     `losses` holds what the closure returned last, float64 [batch] or [], `error` its slope, if it returned a `Loss`
@@ -49,6 +51,7 @@ class Landscape:
     renew: Callable[[dict[str, Tensor]], None]
     confine: Callable[[Tensor, Key], Tensor] | None = None
     batching: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
     reached: Set[str] | None = None
     forwards: int = 0
     used: set[str] = field(default_factory=set)
@@ -77,16 +80,27 @@ class Landscape:
 
     def clean(self) -> float:
         """The mean loss at the centre. Renews the bases if they are due (and the loss is finite)."""
-        return float(self.evaluate([CENTRE])[0].mean())
+        return float(self.evaluate([CENTRE])[0])
 
-    def evaluate(self, points: Sequence[Point]) -> list[Tensor]:
-        """The losses at each of `points`, as `losses` has them; the centre, which renews due bases, comes first.
+    def evaluate(self, points: Sequence[Point], per_example: bool = False) -> Tensor:
+        """The mean losses at each of `points`, float64 [points], or those of each example, [points, batch].
+
+        The centre, which renews due bases, comes first.
 
         Raises:
-            ValueError: with `batching`, the points cannot share a pass.
+            ValueError: with `batching`, the points cannot share a pass; or there are too few for all processes.
         """
-        passes = [points] if self.batching else [[point] for point in points]
-        return [losses for together in passes for losses in self._pass(together)]
+        centre = [direction is None for direction, _ in points]
+        own = self.ranks.own(centre)
+        passes = [[points[i] for i in own]] if self.batching else [[points[i]] for i in own]
+        found = torch.stack([losses for together in passes for losses in self._pass(together)])
+        return found if per_example else self.ranks.spread(self.ranks.mean(found), own, centre)
+
+    def complete(self, directions: Sequence[Direction]) -> None:
+        """Draw what of `directions` other processes have evaluated."""
+        for direction in directions if self.ranks.share_probes else ():
+            for layer in self.branches.active:
+                direction.left(layer, self.branches.bases[layer.name])
 
     def _pass(self, points: Sequence[Point]) -> list[Tensor]:
         (direction, distance), copies, capture = points[0], len(points), None
@@ -109,7 +123,7 @@ class Landscape:
                 used = stack.enter_context(lent(self.model, self.dense, distance, direction.key))
             found = [self.forward() for _ in points]
         self.used |= used
-        if capture is not None and math.isfinite(found[0].mean()):
+        if capture is not None and math.isfinite(self.ranks.mean(found[0].unsqueeze(0))):
             reached = fresh.keys() if self.reached is None else fresh.keys() & self.reached
             self.renew({name: basis.vectors for name, basis in fresh.items() if name in reached})
         elif capture is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoft.optim import checkpoint
 from zoft.optim.capture import Basis, captured
-from zoft.optim.check import check_axes, check_folding, check_numbers, check_probing
+from zoft.optim.check import check_axes, check_folding, check_numbers, check_probing, check_ranks
 from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape, uncompiled
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
@@ -23,6 +23,7 @@ from zoft.optim.noise import Key
 from zoft.optim.pace import Pace
 from zoft.optim.pending import Pending
 from zoft.optim.probe import SideBranches
+from zoft.optim.ranks import Parallel, Ranks
 from zoft.optim.replay import Trace, trace
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank, Subspace, change_of_basis
 from zoft.optim.update import SGD, State, Update
@@ -73,6 +74,9 @@ class ZeroOrder(torch.optim.Optimizer):
         probe_batching: evaluate a step's points in one forward, on as many copies of the batch
             (`zoft.optim.copies.repeated`): faster where reading the weights takes the time, small batches of short
             texts, for the memory of the larger batch. The same numbers, but for rounding.
+        parallel: what the processes of ``torch.distributed`` share, if it is initialised: ``"data"``, each has a part
+            of the batch, or ``"probes"``, all have the same and evaluate different probes of it. Either way they
+            exchange losses, and for bases from activations small products, and take the same step.
         seed: names all noise; runs with equal seeds draw equal directions.
         include, exclude: shell-style patterns on module or parameter names.
         linear: patterns that name further modules to be treated as linear maps.
@@ -97,6 +101,7 @@ class ZeroOrder(torch.optim.Optimizer):
         clip: float | None = None,
         normalise: bool = False,
         probe_batching: bool = False,
+        parallel: Parallel = "data",
         seed: int = 0,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -104,6 +109,7 @@ class ZeroOrder(torch.optim.Optimizer):
     ) -> None:
         self.subspace, self.estimator, self.update = subspace, estimator or Probes(), update or SGD()
         self.model, self.others, self.seed, self.pace = model, others, seed, Pace(clip, normalise)
+        self.ranks = Ranks(parallel)
         self.probe_batching, self.fold_every, self.pending = probe_batching, fold_every, Pending()
         check_numbers(lr, eps, weight_decay)
         check_axes(subspace, self.update, others)
@@ -181,6 +187,7 @@ class ZeroOrder(torch.optim.Optimizer):
         What ``loss.backward()`` is to a first-order optimizer. Several calls before one `step` are averaged; they
         share the bases of the first, and each draws directions of its own.
         """
+        check_ranks(self.ranks, self.estimator, self.maps)
         subspace, key = self.subspace, (self.seed, self.counters.steps)
         self.draw_bases()
         capture = None
@@ -198,6 +205,7 @@ class ZeroOrder(torch.optim.Optimizer):
             self.set_bases,
             subspace.confine if isinstance(subspace, Maintained) else None,
             self.probe_batching,
+            self.ranks,
         )
         found = Estimate()
         self.loss, gradients = self.estimator(landscape, found)
@@ -328,7 +336,7 @@ class ZeroOrder(torch.optim.Optimizer):
         key = (self.seed, self.counters.steps)
 
         def extract(layer: LinearMap, rows: Tensor) -> Basis:
-            return subspace.extract(rows, key, self.bases.get(layer.name))
+            return subspace.extract(rows, key, self.bases.get(layer.name), self.ranks)
 
         return partial(captured, self.model, self.maps, extract, subspace.read_only)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from zoft.optim.capture import Basis, covariance_product, leading_basis
 from zoft.optim.layers import LinearMap
 from zoft.optim.noise import Key, normal
+from zoft.optim.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,19 @@ class Activation:
             return renewed_at is None
         return step // self.renew_every != renewed_at // self.renew_every
 
-    def extract(self, rows: Tensor, key: Key, previous: Tensor | None = None) -> Basis:
-        """The basis of input activations `rows` [T, d_in]; the test matrix, of noise stream `key`, is every layer's."""
-        return leading_basis(rows, _test_matrix(key, len(rows), self.rank, rows.device), self.power_steps)
+    def extract(self, rows: Tensor, key: Key, previous: Tensor | None = None, ranks: Ranks | None = None) -> Basis:
+        """The basis of input activations `rows` [T, d_in]; the test matrix, of noise stream `key`, is every layer's.
+
+        Where `ranks` share the batch, it is that of the activations of all.
+        """
+        ranks = ranks or Ranks()
+        start, count = ranks.place(len(rows))
+        if ranks.share_data and self.power_steps is None:  # the exact decomposition needs them in one place
+            whole = torch.zeros(count, rows.shape[1], device=rows.device)
+            whole[start : start + len(rows)] = rows
+            return leading_basis(ranks.total(whole), whole[:, : min(self.rank, count)], None)
+        omega = _test_matrix(key, start, len(rows), min(self.rank, count), rows.device)
+        return leading_basis(rows, omega, self.power_steps, ranks.total)
 
     def __str__(self) -> str:
         often = {None: "once", 1: "every step"}.get(self.renew_every, f"every {self.renew_every} steps")
@@ -115,11 +126,11 @@ class Maintained(Activation):
         if not self.rate > 0:
             raise ValueError(f"rate must be above 0, not {self.rate}")
 
-    def extract(self, rows: Tensor, key: Key, previous: Tensor | None = None) -> Basis:
-        """The basis `previous` [d_in, r] after one step of Oja's rule on `rows` [T, d_in]."""
+    def extract(self, rows: Tensor, key: Key, previous: Tensor | None = None, ranks: Ranks | None = None) -> Basis:
+        """The basis `previous` [d_in, r] after one step of Oja's rule on `rows` [T, d_in], of all `ranks`."""
         if previous is None:
-            return super().extract(rows, key)
-        pulled = covariance_product(rows, previous)
+            return super().extract(rows, key, None, ranks)
+        pulled = (ranks or Ranks()).total(covariance_product(rows, previous))
         energy = pulled.norm(dim=0)
         order = energy.argsort(descending=True)
         vectors, _ = torch.linalg.qr((previous + self.rate * pulled / energy.max())[:, order])
@@ -141,8 +152,8 @@ class Maintained(Activation):
 
 
 @functools.lru_cache(maxsize=1)
-def _test_matrix(key: Key, rows: int, rank: int, device: torch.device) -> Tensor:
-    return normal((*key, "omega"), (rows, rank), device=device)
+def _test_matrix(key: Key, start: int, rows: int, rank: int, device: torch.device) -> Tensor:
+    return normal((*key, "omega"), (rows, rank), device=device, start=start * rank)
 
 
 Subspace = Full | RandomLowRank | Activation
