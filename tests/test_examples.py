@@ -1,5 +1,8 @@
 """The scripts of examples/, each run as it is on a tiny model."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,21 @@ def test_trl(name: str, tiny: str, tmp_path: Path) -> None:
     else:
         assert changed(trainer.model, snapshot(AutoModelForCausalLM.from_pretrained(tiny))) != set()
     assert not any(key.startswith("eval_") for line in trainer.state.log_history for key in line)
+
+
+def test_distributed(tiny: str, tmp_path: Path) -> None:
+    """Two processes end where one does, but for rounding, and say what they have exchanged."""
+    script = Path(__file__).parent.parent / "examples" / "distributed.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), tiny, str(tmp_path / "two")], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes, ") == 2
+    alone = load("examples/distributed.py").main(tiny, str(tmp_path / "one"))
+    assert alone.zero_order.ranks.sent == 0
+    found = snapshot(AutoModelForCausalLM.from_pretrained(tmp_path / "two"))
+    for name, value in snapshot(alone.model).items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+    assert changed(alone.model, snapshot(AutoModelForCausalLM.from_pretrained(tiny)))

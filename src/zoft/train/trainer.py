@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,26 @@ class ZOTrainer(Trainer):
     differences). Methods
     that train coefficients beside frozen weights save a PEFT adapter instead of the weights. Under gradient
     accumulation the estimates of a step's batches are averaged, each from the mean loss of its own batch.
-    `batch_loss` is the mean loss of the latest batch.
+    `batch_loss` is the mean loss of the latest batch. Under torchrun every process has a part of each batch, and they
+    take one step (`zoft.optim.ranks`).
     """
 
     batch_loss: Tensor = torch.tensor(math.nan)
 
     def __init__(self, model: Any = None, *args: Any, **options: Any) -> None:
         optimizer = next(iter(options.get("optimizers", ())), None)
-        if not (isinstance(optimizer, ZeroOrder) and optimizer.keeps_coefficients):
-            super().__init__(model, *args, **options)
-            return
         marked = getattr(model, ADAPTED, False)
-        setattr(model, ADAPTED, True)  # else a quantized model is refused: its coefficients are an adapter, though
+        if isinstance(optimizer, ZeroOrder) and optimizer.keeps_coefficients:
+            setattr(model, ADAPTED, True)  # else a quantized model is refused: its coefficients are an adapter, though
         try:
             super().__init__(model, *args, **options)
         finally:
             setattr(model, ADAPTED, marked)
+        if isinstance(optimizer, ZeroOrder):
+            if optimizer.ranks.share_data and self.args.world_size == 1:
+                raise ValueError("every process would take the whole batch: set use_cpu=True in the TrainingArguments")
+            # No gradient is ever reduced: DistributedDataParallel would only take memory for it.
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     @property
     def zero_order(self) -> ZeroOrder | None:
