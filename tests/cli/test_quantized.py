@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from optim.models import build
+from scripts import ROOT
 from train.tiny import FAMILIES, TOKENIZER
 from zoft.train.models import QUANTIZED, load_model
 
@@ -35,6 +38,34 @@ def test_an_adapter_is_trained(
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
     again = zoft("eval", tmp_path / "run", "--json").json()["accuracy"]
     assert again == pytest.approx(summary["best"], abs=1.5 / 21)  # PEFT rounds elsewhere: a row may turn on it
+
+
+def test_the_documents_path_from_a_file_to_an_answer(
+    zoft: Callable[..., Outcome],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Every block of docs/quantized.md, in order; added are a few more rows, and that the runs are short."""
+    text = (ROOT / "docs" / "quantized.md").read_text(encoding="utf-8").replace("Qwen/Qwen3-0.6B", str(model))
+    rows, shell, python = (block for _, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text(rows * 20)
+    commands = [shlex.split(line)[1:] for line in shell.splitlines() if line.startswith("zoft ")]
+    assert [command[0] for command in commands] == ["train", "train", "eval"]
+    for command in commands:
+        short = ["--steps", 4, "--eval-steps", 2, "--batch-size", 4] if command[0] == "train" else []
+        done = zoft(*command, *short, "--device", "cpu")
+        assert done.code == 0, done.err
+    names: dict[str, Any] = {}
+    exec(python, names)
+    assert "What colour is the sky?" in capfd.readouterr().out
+    base, adapted = names["model"].disable_adapter, names["model"]
+    with torch.no_grad():
+        trained = adapted(**names["question"]).logits
+        with base():
+            assert not torch.allclose(adapted(**names["question"]).logits, trained)
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
