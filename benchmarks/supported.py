@@ -4,7 +4,7 @@
 
 Weights: a tiny random Llama in each format, loaded as a user loads it, is trained by each method for a few steps; the
 cell says what moved while its loss fell, or that the method refused. Loops: the scripts of examples/, all of which the
-tests run. Architectures: results/architectures.json. The tests make the section too, and fail if the README has another.
+tests run. Architectures: results/architectures.json. The tests make the section too, and compare it with the README.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def section(file: Path) -> str:
     """The section, made with the model in `file`."""
     blocks = (
         [
-            'What moves where weights like these are trained ("the rest": embeddings, norms and the head, in Python alone; –: refused):'
+            'What moves where weights like these are trained ("the rest": embeddings, norms and the head, which',
+            "`zoft train` refuses; –: refused in Python too):",
         ],
         weights(file),
         ["Loops, each a script of under 40 lines:"],

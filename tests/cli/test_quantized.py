@@ -61,11 +61,11 @@ def test_the_documents_path_from_a_file_to_an_answer(
     names: dict[str, Any] = {}
     exec(python, names)
     assert "What colour is the sky?" in capfd.readouterr().out
-    base, adapted = names["model"].disable_adapter, names["model"]
+    loaded, question = names["model"], names["question"]
     with torch.no_grad():
-        trained = adapted(**names["question"]).logits
-        with base():
-            assert not torch.allclose(adapted(**names["question"]).logits, trained)
+        trained = loaded(**question).logits
+        with loaded.disable_adapter():
+            assert not torch.allclose(loaded(**question).logits, trained)
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
