@@ -82,6 +82,17 @@ def test_writers_are_refused(method: str, train: Callable[..., Outcome]) -> None
     assert done.code == 2 and "take guided, zo-act" in done.err
 
 
+@pytest.mark.parametrize("method", ["agzo", "mezo", "fo-adamw"])
+def test_writers_are_refused_beside_weights_saved_quantized(
+    method: str, zoft: Callable[..., Outcome], model: Path, data: Path, tmp_path: Path
+) -> None:
+    loaded, tokenizer = load_model(str(model), dtype="nf4")
+    for part in (loaded, tokenizer):
+        part.save_pretrained(tmp_path / "saved")
+    done = zoft("train", tmp_path / "saved", "--task", "sst2", "--data", data, "--method", method, "--steps", 2)
+    assert done.code == 2 and f"method {method}" in done.err and "cannot be written" in done.err
+
+
 def test_the_package_that_is_missing_is_named(train: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else find(name))
