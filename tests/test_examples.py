@@ -11,9 +11,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from optim.models import changed, snapshot
-from scripts import load
+from scripts import ROOT, load
 from train.tiny import FAMILIES, TOKENIZER, build
 from zoft import ZOTrainer
+
+
+def test_every_script_is_run_here() -> None:
+    tests = Path(__file__).read_text()
+    assert all(
+        f"examples/{file.name}" in tests or f'"{file.stem}"' in tests for file in (ROOT / "examples").glob("*.py")
+    )
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from optim.models import build
+from scripts import ROOT
 from train.tiny import FAMILIES, TOKENIZER
 from zoft.train.models import QUANTIZED, load_model
 
@@ -37,6 +40,34 @@ def test_an_adapter_is_trained(
     assert again == pytest.approx(summary["best"], abs=1.5 / 21)  # PEFT rounds elsewhere: a row may turn on it
 
 
+def test_the_documents_path_from_a_file_to_an_answer(
+    zoft: Callable[..., Outcome],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Every block of docs/quantized.md, in order; added are a few more rows, and that the runs are short."""
+    text = (ROOT / "docs" / "quantized.md").read_text(encoding="utf-8").replace("Qwen/Qwen3-0.6B", str(model))
+    rows, shell, python = (block for _, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text(rows * 20)
+    commands = [shlex.split(line)[1:] for line in shell.splitlines() if line.startswith("zoft ")]
+    assert [command[0] for command in commands] == ["train", "train", "eval"]
+    for command in commands:
+        short = ["--steps", 4, "--eval-steps", 2, "--batch-size", 4] if command[0] == "train" else []
+        done = zoft(*command, *short, "--device", "cpu")
+        assert done.code == 0, done.err
+    names: dict[str, Any] = {}
+    exec(python, names)
+    assert "What colour is the sky?" in capfd.readouterr().out
+    loaded, question = names["model"], names["question"]
+    with torch.no_grad():
+        trained = loaded(**question).logits
+        with loaded.disable_adapter():
+            assert not torch.allclose(loaded(**question).logits, trained)
+
+
 @pytest.mark.parametrize("dtype", QUANTIZED)
 def test_the_linear_layers_are_quantized(dtype: str, model: Path) -> None:
     loaded = load_model(str(model), dtype=dtype)[0]
@@ -49,6 +80,17 @@ def test_the_linear_layers_are_quantized(dtype: str, model: Path) -> None:
 def test_writers_are_refused(method: str, train: Callable[..., Outcome]) -> None:
     done = train("--method", method, "--dtype", "nf4")
     assert done.code == 2 and "take guided, zo-act" in done.err
+
+
+@pytest.mark.parametrize("method", ["agzo", "mezo", "fo-adamw"])
+def test_writers_are_refused_beside_weights_saved_quantized(
+    method: str, zoft: Callable[..., Outcome], model: Path, data: Path, tmp_path: Path
+) -> None:
+    loaded, tokenizer = load_model(str(model), dtype="nf4")
+    for part in (loaded, tokenizer):
+        part.save_pretrained(tmp_path / "saved")
+    done = zoft("train", tmp_path / "saved", "--task", "sst2", "--data", data, "--method", method, "--steps", 2)
+    assert done.code == 2 and f"method {method}" in done.err and "cannot be written" in done.err
 
 
 def test_the_package_that_is_missing_is_named(train: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:

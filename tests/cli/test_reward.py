@@ -35,7 +35,7 @@ def test_training_for_a_reward(
     out, population = tmp_path / "run", ("-o", "probes=4", "-o", "leave_one_out=true", "-o", "shape=rank")
     summary = zoft(
         "train", model, "--data", prompts, "--objective", reward, "--method", "zo-act", "--eps", "1", "--lr", "0.3",
-        *population, "--steps", 8, "--eval-steps", 4, "--batch-size", 8, "--out", out, "--json",
+        *population, "--steps", 4, "--eval-steps", 2, "--batch-size", 4, "--out", out, "--json",
     ).json()  # fmt: skip
     assert summary["metric"] == reward
     assert summary["best_dev"] > summary["initial_dev"]

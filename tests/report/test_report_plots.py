@@ -18,9 +18,10 @@ def test_running_median():
     assert smooth == [1.0] * 21
 
 
-def test_a_correlation_is_no_percentage():
-    lines = [{"forwards": 0, "eval_matthews": -0.05}, {"forwards": 20, "eval_matthews": 0.31}]
-    svg = metric_curve(lines, "matthews")
+@pytest.mark.parametrize("metric", ["matthews", "rewards.py:length"])
+def test_a_correlation_or_a_reward_is_no_percentage(metric: str):
+    lines = [{"forwards": 0, f"eval_{metric}": -0.05}, {"forwards": 20, f"eval_{metric}": 0.31}]
+    svg = metric_curve(lines, metric)
     assert "best 0.310" in svg
     assert "%" not in svg
 

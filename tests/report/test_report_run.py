@@ -52,3 +52,10 @@ def test_an_unfinished_run_is_told_from_its_log(make_run):
     expected = {"task": "sst2", "method": "agzo", "steps": 300, "forwards": 600, "seconds_per_step": 0.5}
     expected |= {"initial": 0.54, "final": 0.70, "best": 0.735}
     assert expected.items() <= run.results.items()
+
+
+def test_an_unfinished_run_for_a_reward_is_measured_by_it(make_run):
+    lines = [line | {"eval_rewards.py:length": 3.5} for line in LINES if "eval_loss" in line]
+    for line in lines:
+        del line["eval_accuracy"]
+    assert read_run(make_run(summary=None, lines=lines)).metric == "rewards.py:length"

@@ -184,6 +184,22 @@ def test_first_order_is_the_trainer_unchanged(arguments: Arguments) -> None:
     assert changed(llama(), states[0]) != set()
 
 
+def test_layers_need_no_training_mode(arguments: Arguments) -> None:
+    """Some kernels of quantized weights are for inference alone, and refuse it."""
+
+    class Inference(torch.nn.Linear):
+        def train(self, mode: bool = True) -> "Inference":
+            assert not mode
+            return super().train(mode)
+
+    model = llama()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.__class__ = Inference
+    optimizer = zoft.ZOAct(model, lr=1e-3)
+    trainer_of(optimizer, arguments(max_steps=2)).train()
+    assert optimizer.counters.steps == 2 and optimizer.counters.zero == 0
+
+
 @pytest.mark.parametrize("method, taken", [(zoft.ZOAct, True), (zoft.AGZO, False)])
 def test_a_quantized_model_is_taken_where_coefficients_train(method: Any, taken: bool, arguments: Arguments) -> None:
     """transformers refuses one without an adapter, which is what coefficients become."""

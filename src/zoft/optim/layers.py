@@ -60,7 +60,8 @@ class LinearMap:
         if getattr(state, "packing_format_for_cpu", False):  # bitsandbytes has laid it out anew, for its forward alone
             units = torch.eye(self.d_in, dtype=state.dtype)
             return (module.forward(units) - module.forward(torch.zeros_like(units[:1]))).t()
-        weight = dequantized(weight)
+        unpack = getattr(module, "dequantize_weight", None)  # GPTQ's and AWQ's layers, in gptqmodel: [d_in, d_out]
+        weight = dequantized(weight) if unpack is None else unpack().t()
         return weight if weight is not None and weight.shape == (self.d_out, self.d_in) else None
 
 
@@ -75,8 +76,8 @@ def find_linear_maps(
 ) -> list[LinearMap]:
     """The linear maps of `model` that may be trained, in the model's order, each weight once.
 
-    A module counts if it is an ``nn.Linear``, a transformers ``Conv1D``, or if its name matches a pattern of
-    `linear` and it has ``in_features`` and ``out_features`` or a two-dimensional ``[d_out, d_in]`` weight.
+    A module counts if it is an ``nn.Linear``, a transformers ``Conv1D``, a layer of GPTQ or AWQ, or if its name matches
+    a pattern of `linear` and it has ``in_features`` and ``out_features`` or a two-dimensional ``[d_out, d_in]`` weight.
     `include` and `exclude` are shell-style patterns on module names (``"*.q_proj"``). Frozen weights
     (``requires_grad=False``) are left out, quantized ones, which cannot require a gradient, are not. A weight
     shared with an embedding is a map only with `embeddings`, and then every embedding is one: its gradient
@@ -205,7 +206,8 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module, name: str, patterns: Sequence[str]) -> bool:
     named = any(fnmatchcase(name, pattern) for pattern in patterns)
-    return isinstance(module, nn.Linear) or _is_conv1d(module) or named
+    packed = hasattr(module, "qweight")  # GPTQ's and AWQ's layers
+    return isinstance(module, nn.Linear) or _is_conv1d(module) or packed or named
 
 
 def _is_lookup(module: nn.Module) -> bool:

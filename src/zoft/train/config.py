@@ -104,23 +104,20 @@ class TrainConfig:
     def load_task(self) -> Task:
         """The task named by `task`, or the one that `template`, `words` and `label` describe."""
         reward = self.objective if is_reward(self.objective) else None
-        for name in filter(None, (reward, self.metric)):
-            if is_reward(name):
-                load_reward(name)
-        task = self._load_task(reward)
-        if reward is None or task.metric == reward:
-            return task
-        return dataclasses.replace(task, metric=reward, also=(task.metric, *task.also))
-
-    def _load_task(self, reward: str | None) -> Task:
         if self.task is not None:
             own = [name for name in ("template", "words", "label", "metric") if getattr(self, name) is not None]
             if own:
                 raise UserError(f"{own[0]} describes your own task: leave it out, or leave out task {self.task!r}")
-            return load_task(self.task)
-        words = parse_words(self.words) if self.words is not None else None
-        answered = reward is None or self.metric not in (None, reward)
-        return custom_task(self.template, words, self.label, self.metric or reward, answered)
+            task = load_task(self.task)
+        else:
+            words = parse_words(self.words) if self.words is not None else None
+            answered = reward is None or self.metric is not None
+            task = custom_task(self.template, words, self.label, self.metric or reward, answered)
+        if reward not in (None, task.metric):
+            task = dataclasses.replace(task, metric=reward, also=(task.metric, *task.also))
+        for name in filter(is_reward, (task.metric, *task.also)):
+            load_reward(name)  # what is wrong with it is said before a model is loaded
+        return task
 
     def check_objective(self, task: Task) -> None:
         """Raises UserError if the objective is no metric of single examples, or the method has to know its slope."""

@@ -105,6 +105,9 @@ def build(config: TrainConfig, model: Any) -> tuple[Any, torch.optim.Optimizer]:
     Raises:
         UserError: the method refuses a value, or the model.
     """
+    quantized = getattr(model, "is_quantized", False) and not isinstance(model, PeftModel)
+    if quantized and config.method in ("mezo", "fo-sgd", "fo-adamw"):  # the others look at the layers that they train
+        raise UserError(f"method {config.method}: {config.model} has quantized weights, which cannot be written")
     if config.method not in FIRST_ORDER:
         return model, zero_order_of(config, model)
     options: dict[str, Any] = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay}

@@ -65,10 +65,9 @@ class ZOTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
             self.batch_loss = loss * self.current_gradient_accumulation_steps
             return loss
-        model.train()  # some trainers prepare training batches differently
-        inputs = self._prepare_inputs(inputs)
-        model.eval()
+        model.eval()  # layers with kernels for inference alone have no other mode
         model.training = True  # of the root alone: trainers ask it whether this is training
+        inputs = self._prepare_inputs(inputs)
 
         def closure() -> Any:
             with self.compute_loss_context_manager():
