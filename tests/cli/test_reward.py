@@ -40,7 +40,10 @@ def test_training_for_a_reward(
     assert summary["metric"] == reward
     assert summary["best_dev"] > summary["initial_dev"]
     assert all(0 <= loss < 1 for loss in losses(out))
-    assert zoft("eval", out, "--json").json()[reward] == pytest.approx(summary["best"], abs=1e-6)
+    found = zoft("eval", out, "--metric", reward, "--json").json()
+    assert found[reward] == pytest.approx(summary["best"], abs=1e-6)
+    refused = zoft("eval", out)
+    assert refused.code == 2 and f"add --metric {reward}" in refused.err
     page = (out / "report.html").read_text()
     assert "rewards.py:share" in page and "✗ wrong" not in page
 

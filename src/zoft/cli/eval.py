@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from zoft.cli import common
+from zoft.errors import UserError
 
 
 def evaluate(
@@ -29,12 +30,14 @@ def evaluate(
 ) -> None:
     """Measure MODEL on a task's validation rows, zero-shot or with examples in the prompt.
 
-    For a run of *zoft train*, task, data and precision are the run's where no flag says otherwise.
+    For a run of *zoft train*, task, data and precision are the run's where no flag says otherwise. A metric that is a
+    function in a file has to be named by --metric: nothing is run because a folder says so.
 
     zoft eval demo --task sst2 --shots 4
 
     zoft eval runs/sst2
     """
+    from zoft.data import is_reward
     from zoft.train import TrainConfig
     from zoft.train.evaluate import evaluate as run
 
@@ -55,6 +58,9 @@ def evaluate(
         dtype=dtype,
         device=device,
     )
+    unnamed = {name for name in (config.objective, config.metric) if name and is_reward(name)} - {metric}
+    if settings.is_file() and unnamed:
+        raise UserError(f"{settings} names code to run, {min(unnamed)}: to run it, add --metric {min(unnamed)}")
     console = common.console(quiet=as_json)
     result = run(config, shots)
     if as_json:

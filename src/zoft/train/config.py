@@ -111,7 +111,7 @@ class TrainConfig:
             task = load_task(self.task)
         else:
             words = parse_words(self.words) if self.words is not None else None
-            answered = reward is None or self.metric is not None
+            answered = reward is None or self.metric not in (None, reward)
             task = custom_task(self.template, words, self.label, self.metric or reward, answered)
         if reward not in (None, task.metric):
             task = dataclasses.replace(task, metric=reward, also=(task.metric, *task.also))
