@@ -1,5 +1,7 @@
 """Settings of all tests."""
 
 import torch
+from hypothesis import settings
 
+settings.register_profile("long", max_examples=10_000, deadline=None)  # pytest --hypothesis-profile=long
 torch.set_num_threads(1)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from peft import PeftModel
@@ -139,6 +140,8 @@ def _train(config: TrainConfig, console: Console, resume: bool) -> dict[str, Any
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NoStream as error:
         raise UserError(f"method {config.method}: {error}; agzo and zo-act need none") from error
+    except UnpicklingError as error:  # only tensors and plain values are read
+        raise UserError(f"{checkpoint} cannot be read: a file in it is damaged, or holds code") from error
     finally:
         progress.stop()
 
