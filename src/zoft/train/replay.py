@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from pathlib import Path
@@ -19,8 +18,7 @@ from zoft.train.files import write_folder
 from zoft.train.identity import model_digest, require_same, settings
 from zoft.train.models import load_model
 from zoft.train.optimizers import FIRST_ORDER, build
-from zoft.train.steplog import BACK, BASES, RUN, STEP, Log, Step, names_of, read_back, read_log, read_step
-from zoft.train.steps import LOG
+from zoft.train.steplog import BACK, BASES, LOG, STEP, Log, Step, names_of, read_back, read_log, read_step
 
 
 def rebuild(run: Path, to_step: int | None = None, out: Path | None = None) -> dict[str, Any]:
@@ -43,7 +41,7 @@ def rebuild(run: Path, to_step: int | None = None, out: Path | None = None) -> d
         raise UserError(f"{run / LOG} ends after step {log.steps}{torn}: it does not reach step {steps}")
     model: Any
     model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device, trainable=True)
-    require_same(settings(config) | {"model": model_digest(model)}, json.loads(log.last(RUN) or b"{}"), run / LOG)
+    require_same(settings(config) | {"model": model_digest(model)}, log.run, run / LOG)
     adapter: Factors = {}
     if config.method in COEFFICIENTS and isinstance(model, PeftModel):
         model, adapter = take_apart(model)
