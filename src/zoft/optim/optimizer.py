@@ -21,8 +21,8 @@ from zoft.optim.landscape import Closure, Landscape, uncompiled
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
 from zoft.optim.pace import Pace
 from zoft.optim.probe import SideBranches
-from zoft.optim.replay import Trace, trace
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank, Subspace, change_of_basis
+from zoft.optim.trace import Trace, trace_of
 from zoft.optim.update import SGD, State, Update
 from zoft.optim.write import add_dense_, add_low_rank_, add_noise_
 
@@ -181,7 +181,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.counters.forwards += landscape.forwards
         self._drawn = landscape.drawn
         unread = self.dense.keys() - landscape.used
-        self.traces.append(trace(self, found, unread))
+        self.traces.append(trace_of(self, found, unread))
         self.add(found, gradients, unread)
         return torch.tensor(self.loss)
 

@@ -32,7 +32,7 @@ class Trace:
     unread: Set[str] = frozenset()
 
 
-def trace(optimizer: ZeroOrder, found: Estimate, unread: Set[str]) -> Trace:
+def trace_of(optimizer: ZeroOrder, found: Estimate, unread: Set[str]) -> Trace:
     """The trace of what `optimizer` has just `found`; empty if it was not found by probes."""
     active = {layer.name for layer in optimizer.branches.active}
     still = [active - direction.factors.keys() for direction, _ in found.probed]
