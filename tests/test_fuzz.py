@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from zoft.data import load_rows, load_task
@@ -60,6 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+@example(b"steps: 2026-99-99")
+@example(b"steps: " + b"1" * 5000)
+@example(b"[" * 2000)
 def test_config_of_any_bytes(folder: Path, content: bytes) -> None:
     (folder / "config.yaml").write_bytes(content)
     accepted(lambda: TrainConfig.load(folder / "config.yaml"))
@@ -80,6 +83,9 @@ def test_config_of_any_values(folder: Path, values: dict[str, Any]) -> None:
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode), st.sampled_from(["jsonl", "csv"]))
+@example(b'{"sentence": "a film", "label": ' + b"1" * 5000 + b"}", "jsonl")
+@example(b"[" * 100_000, "jsonl")
+@example(b"sentence,label\n" + b"a" * 200_000 + b",1", "csv")
 def test_rows_of_any_bytes(folder: Path, content: bytes, suffix: str) -> None:
     path = folder / f"rows.{suffix}"
     path.write_bytes(content)
