@@ -52,7 +52,7 @@ def during(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any], a
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [3, 4])  # between evaluations, and where one is due
+@pytest.mark.parametrize("step", [3, 4, 6])  # between evaluations, where one is due, and the last one
 @pytest.mark.parametrize("flags", [SAVED, ("--method", "zo-act", "--lr", "1e-2")])
 def test_a_signal_leaves_a_checkpoint(
     flags: tuple[Any, ...],

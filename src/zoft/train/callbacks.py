@@ -19,7 +19,7 @@ from safetensors.torch import save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zoft.errors import UserError
-from zoft.optim import ZeroOrder
+from zoft.optim import ZeroOrder, obstacle
 from zoft.train.files import write_text
 from zoft.train.identity import require_same
 from zoft.train.memory import peak_memory_bytes
@@ -96,8 +96,7 @@ class StepLog(TrainerCallback):
     def __init__(self, out: Path, optimizer: ZeroOrder, run: dict[str, Any]) -> None:
         self.path, self._optimizer, self._run = out / LOG, optimizer, run
         self._names = names_of(optimizer)
-        subspace: Any = optimizer.subspace
-        self._lacks_bases = subspace.from_activations and subspace.renew_every is None
+        self._lacks_bases = optimizer.subspace.from_activations and obstacle(optimizer) is None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A resumed run takes the steps after its checkpoint again; a log that an earlier version lacked begins here.
@@ -128,11 +127,9 @@ class StepLog(TrainerCallback):
     ) -> None:
         optimizer = self._optimizer
         if self._lacks_bases and optimizer.bases:
-            whole = torch.contiguous_format
-            bases = {
-                m.name: optimizer.bases[m.name].cpu().clone(memory_format=whole) for m in optimizer.branches.active
-            }
-            append(self.path, BASES, save(bases))  # cloned, as layers may share one
+            bases = {m.name: optimizer.bases[m.name].cpu() for m in optimizer.branches.active}
+            whole = {name: basis.clone(memory_format=torch.contiguous_format) for name, basis in bases.items()}
+            append(self.path, BASES, save(whole))  # cloned, as layers may share one
             self._lacks_bases = False
         step = Step(optimizer.counters.steps, optimizer.param_groups[0]["lr"], optimizer.traces)
         append(self.path, STEP, write_step(step, self._names))

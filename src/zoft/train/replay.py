@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load
 
 from zoft.errors import UserError
-from zoft.optim import ZeroOrder, check_replay, replay
+from zoft.optim import ZeroOrder, obstacle, replay
 from zoft.train.adapter import Factors, save_adapter, start_from, take_apart
 from zoft.train.config import COEFFICIENTS, TrainConfig
 from zoft.train.files import write_folder
@@ -47,10 +47,8 @@ def rebuild(run: Path, to_step: int | None = None, out: Path | None = None) -> d
         model, adapter = take_apart(model)
     model, optimizer = build(config, model)
     assert isinstance(optimizer, ZeroOrder)
-    try:
-        check_replay(optimizer)
-    except ValueError as error:
-        raise UserError(f"method {config.method} cannot be replayed: {error}") from error
+    if (reason := obstacle(optimizer)) is not None:
+        raise UserError(f"method {config.method} cannot be replayed: {reason}")
     if adapter:
         start_from(optimizer, adapter)
     _take_steps(optimizer, log.until(steps), run / LOG)
