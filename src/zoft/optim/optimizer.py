@@ -182,10 +182,10 @@ class ZeroOrder(torch.optim.Optimizer):
         self._drawn = landscape.drawn
         unread = self.dense.keys() - landscape.used
         self.traces.append(trace_of(self, found, unread))
-        self.add(found, gradients, unread)
+        self.add_estimate(found, gradients, unread)
         return torch.tensor(self.loss)
 
-    def add(self, found: Estimate, gradients: list[float], unread: Set[str]) -> None:
+    def add_estimate(self, found: Estimate, gradients: list[float], unread: Set[str]) -> None:
         """Add what was `found`, by projected `gradients`, to the estimates since the last step, if it is sound.
 
         Parameters that were `unread` stay still.

@@ -65,7 +65,7 @@ def replay(optimizer: ZeroOrder, step: int, lr: float, traces: Sequence[Trace]) 
             found.probed.append((direction, gradient))
             drawn += 1
         optimizer.estimator.weigh(found, one.shared)
-        optimizer.add(found, [float(gradient.mean()) for gradient in one.gradients], one.unread)
+        optimizer.add_estimate(found, [float(gradient.mean()) for gradient in one.gradients], one.unread)
     optimizer.step()
 
 
