@@ -178,6 +178,17 @@ def test_disk_full_on_the_way(error: Exception, train: Callable[..., Outcome], m
     assert_refused(train(), "No space left on device")
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EDQUOT])
+def test_folder_that_cannot_be_written(
+    number: int, train: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(number, "no", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    assert_refused(train(), f"cannot write {tmp_path / 'run'}: no")
+
+
 def test_resume_of_no_run(zoft: Callable[..., Outcome], tmp_path: Path) -> None:
     assert_refused(zoft("train", "--resume", tmp_path), "holds no run")
 

@@ -52,7 +52,7 @@ def during(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any], a
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [3, 4])  # between evaluations, and where one is due
+@pytest.mark.parametrize("step", [3, 4, 6])  # between evaluations, where one is due, and the last one
 @pytest.mark.parametrize("flags", [SAVED, ("--method", "zo-act", "--lr", "1e-2")])
 def test_a_signal_leaves_a_checkpoint(
     flags: tuple[Any, ...],
@@ -218,6 +218,18 @@ def test_a_run_of_an_earlier_version(
         seal.unlink()
     assert zoft("train", "--resume", out, "--steps", 6).code == 0
     assert_refused(zoft("replay", out), "after 0 of them comes number 4")
+
+
+def test_a_run_that_has_given_up(train: Callable[..., Outcome], zoft: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Resumed after the last time that it went back, it does not go on."""
+    out = tmp_path / "run"
+    flags = ("--method", "zo-act", "--lr", 1e30, "--guard", "--eval-steps", 5, "--save-steps", 5, "--json")
+    whole = train(*flags, steps=100).json()
+    (out / "summary.json").unlink()
+    again = zoft("train", "--resume", out, "--json").json()
+    assert again["steps"] == whole["steps"] == 60
+    assert (again["best"], again["best_step"]) == (whole["best"], whole["best_step"])
+    assert zoft("replay", out, "--json").json()["steps"] == 60
 
 
 def test_a_longer_run_is_one_log(train: Callable[..., Outcome], zoft: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from train.tiny import TOKENIZER, make_model
-from zoft.train.steplog import read_log
+from zoft.train.steplog import STEP, read_log
 
 from .conftest import Outcome
 from .test_bad_input import assert_refused
@@ -111,11 +111,21 @@ def test_a_torn_tail(train: Callable[..., Outcome], zoft: Callable[..., Outcome]
     assert_equal(out / "checkpoint-4", out / "replayed-4")
 
 
-def test_bytes_of_a_step(train: Callable[..., Outcome], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags, size",
+    [
+        (("mezo",), 39),
+        (("agzo", "-o", "probes=3"), 39 + 2 * 8),
+        (("lozo", "--accumulate", 2, "--train-examples", 16), 39 + 16),
+        (("lozo", "-o", "per_example=true"), 39 - 8 + 8 * 8),
+        (("guided",), 31),
+    ],
+)
+def test_bytes_of_a_step(flags: tuple[object, ...], size: int, train: Callable[..., Outcome], tmp_path: Path) -> None:
     """As docs/reliability.md has them."""
-    assert train("--method", "mezo", "--save-steps", 2).code == 0
-    ends = [record.end for record in read_log(tmp_path / "run" / "steps.bin").records]
-    assert [after - before for before, after in pairwise(ends)] == [39] * 4
+    assert train("--method", *flags).code == 0
+    records = [pair for pair in pairwise(read_log(tmp_path / "run" / "steps.bin").records) if pair[1].kind == STEP]
+    assert [after.end - before.end for before, after in records] == [size] * 4
 
 
 @pytest.mark.parametrize(

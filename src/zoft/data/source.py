@@ -133,6 +133,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{place}: broken JSON at column {error.colno}: {error.msg}") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested as deeply
+                raise UserError(f"{place}: cannot read this JSON: {error}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{place}: expected one JSON object a line, found {type(row).__name__}")
             yield place, row

@@ -5,9 +5,9 @@ from zoft.optim.layers import LinearMap, NoLinearLayers
 from zoft.optim.loss import Loss, cross_entropy
 from zoft.optim.methods import AGZO, AIMZO, LOZO, METHODS, Guided, MeZO, ZOAct
 from zoft.optim.optimizer import EstimateWarning, ZeroOrder
-from zoft.optim.replay import Trace, check_replay, replay
 from zoft.optim.stream import NoStream
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank
+from zoft.optim.trace import Trace, obstacle, replay
 from zoft.optim.update import SGD, Adam
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "Trace",
     "ZOAct",
     "ZeroOrder",
-    "check_replay",
     "cross_entropy",
+    "obstacle",
     "replay",
 ]

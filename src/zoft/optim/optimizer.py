@@ -24,8 +24,8 @@ from zoft.optim.pace import Pace
 from zoft.optim.pending import Pending
 from zoft.optim.probe import SideBranches
 from zoft.optim.ranks import Parallel, Ranks
-from zoft.optim.replay import Trace, trace
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank, Subspace, change_of_basis
+from zoft.optim.trace import Trace, trace_of
 from zoft.optim.update import SGD, State, Update
 from zoft.optim.write import add_dense_, add_noise_
 
@@ -212,11 +212,11 @@ class ZeroOrder(torch.optim.Optimizer):
         self.counters.forwards += landscape.forwards
         self._drawn = landscape.drawn
         unread = self.dense.keys() - landscape.used
-        self.traces.append(trace(self, found, unread))
-        self.add(found, gradients, unread)
+        self.traces.append(trace_of(self, found, unread))
+        self.add_estimate(found, gradients, unread)
         return torch.tensor(self.loss)
 
-    def add(self, found: Estimate, gradients: list[float], unread: Set[str]) -> None:
+    def add_estimate(self, found: Estimate, gradients: list[float], unread: Set[str]) -> None:
         """Add what was `found`, by projected `gradients`, to the estimates since the last step, if it is sound.
 
         Parameters that were `unread` stay still.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from zoft.train.callbacks import StepLog
 from zoft.train.checkpoints import whole_folder
-from zoft.train.steps import StepLog
 from zoft.train.trainer import OPTIMIZER_STATE, ZOTrainer
 
 INITIAL = "initial"  # folder beside the checkpoints

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from pathlib import Path
@@ -12,15 +11,14 @@ from peft import PeftModel
 from safetensors.torch import load
 
 from zoft.errors import UserError
-from zoft.optim import ZeroOrder, check_replay, replay
+from zoft.optim import ZeroOrder, obstacle, replay
 from zoft.train.adapter import Factors, save_adapter, start_from, take_apart
 from zoft.train.config import COEFFICIENTS, TrainConfig
 from zoft.train.files import write_folder
 from zoft.train.identity import model_digest, require_same, settings
 from zoft.train.models import load_model
 from zoft.train.optimizers import FIRST_ORDER, build
-from zoft.train.steplog import BACK, BASES, RUN, STEP, Log, Step, names_of, read_back, read_log, read_step
-from zoft.train.steps import LOG
+from zoft.train.steplog import BACK, BASES, LOG, STEP, Log, Step, names_of, read_back, read_log, read_step
 
 
 def rebuild(run: Path, to_step: int | None = None, out: Path | None = None) -> dict[str, Any]:
@@ -43,16 +41,14 @@ def rebuild(run: Path, to_step: int | None = None, out: Path | None = None) -> d
         raise UserError(f"{run / LOG} ends after step {log.steps}{torn}: it does not reach step {steps}")
     model: Any
     model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device, trainable=True)
-    require_same(settings(config) | {"model": model_digest(model)}, json.loads(log.last(RUN) or b"{}"), run / LOG)
+    require_same(settings(config) | {"model": model_digest(model)}, log.run, run / LOG)
     adapter: Factors = {}
     if config.method in COEFFICIENTS and isinstance(model, PeftModel):
         model, adapter = take_apart(model)
     model, optimizer = build(config, model)
     assert isinstance(optimizer, ZeroOrder)
-    try:
-        check_replay(optimizer)
-    except ValueError as error:
-        raise UserError(f"method {config.method} cannot be replayed: {error}") from error
+    if (reason := obstacle(optimizer)) is not None:
+        raise UserError(f"method {config.method} cannot be replayed: {reason}")
     if adapter:
         start_from(optimizer, adapter)
     _take_steps(optimizer, log.until(steps), run / LOG)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from peft import PeftModel
@@ -23,7 +24,7 @@ from zoft.train.adapter import Factors, start_from, take_apart
 from zoft.train.arguments import training_arguments
 from zoft.train.auto import BATCHES, settle
 from zoft.train.batches import task_batches, task_closures
-from zoft.train.callbacks import Clock, LiveProgress, RunLog
+from zoft.train.callbacks import Clock, LiveProgress, RunLog, StepLog
 from zoft.train.checkpoints import alone, last_checkpoint, remove, whole_folder
 from zoft.train.config import COEFFICIENTS, TrainConfig
 from zoft.train.files import read_json, write_json
@@ -32,7 +33,6 @@ from zoft.train.identity import identity, model_digest
 from zoft.train.memory import peak_memory_bytes
 from zoft.train.models import load_model, room
 from zoft.train.optimizers import AUTO, build
-from zoft.train.steps import StepLog
 from zoft.train.stop import Stop
 from zoft.train.task_trainer import TaskTrainer
 from zoft.train.watch import Watch
@@ -139,6 +139,8 @@ def _train(config: TrainConfig, console: Console, resume: bool) -> dict[str, Any
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NoStream as error:
         raise UserError(f"method {config.method}: {error}; agzo and zo-act need none") from error
+    except UnpicklingError as error:  # only tensors and plain values are read
+        raise UserError(f"{checkpoint} cannot be read: a file in it is damaged, or holds code") from error
     finally:
         progress.stop()
 

@@ -30,6 +30,7 @@ import torch
 from zoft.errors import UserError
 from zoft.optim import Trace, ZeroOrder
 
+LOG = "steps.bin"  # its name in a run folder
 MAGIC = b"zoftlog\x01"
 RUN, BASES, STEP, BACK = b"R", b"A", b"S", b"B"
 _RECORD, _STEP, _ESTIMATE, _BACK = (struct.Struct(f"<{fields}") for fields in ("II", "IdH", "HHI", "II"))
@@ -82,6 +83,11 @@ class Log(NamedTuple):
         """How many steps have been taken, those undone later among them."""
         return max(record.steps for record in self.records)
 
+    @property
+    def run(self) -> dict[str, Any]:
+        """The identity of the run, as it is at last."""
+        return json.loads(self.last(RUN) or b"{}")
+
     def last(self, kind: bytes) -> bytes | None:
         """The body of the latest record of a `kind`, if there is one."""
         return next((record.body for record in reversed(self.records) if record.kind == kind), None)
@@ -107,7 +113,7 @@ def read_log(path: Path) -> Log:
     records, place = [], len(MAGIC)
     while place + _RECORD.size <= len(data):
         length, checksum = _RECORD.unpack_from(data, place)
-        payload = data[place + _RECORD.size :][:length]
+        payload = data[place + _RECORD.size : place + _RECORD.size + length]
         if not payload or len(payload) < length or zlib.crc32(payload) != checksum:
             break  # none is empty: a crash of the machine may leave zeros, and their checksum is right
         place += _RECORD.size + length

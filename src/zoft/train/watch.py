@@ -17,10 +17,9 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from zoft.train.callbacks import RunLog
+from zoft.train.callbacks import RunLog, StepLog
 from zoft.train.divergence import RECENT, History
 from zoft.train.guard import CUT, Guard
-from zoft.train.steps import StepLog
 from zoft.train.trainer import ZOTrainer
 
 CUTS = 5  # of the learning rate, before the run is ended

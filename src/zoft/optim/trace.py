@@ -32,7 +32,7 @@ class Trace:
     unread: Set[str] = frozenset()
 
 
-def trace(optimizer: ZeroOrder, found: Estimate, unread: Set[str]) -> Trace:
+def trace_of(optimizer: ZeroOrder, found: Estimate, unread: Set[str]) -> Trace:
     """The trace of what `optimizer` has just `found`; empty if it was not found by probes."""
     active = {layer.name for layer in optimizer.branches.active}
     still = [active - direction.factors.keys() for direction, _ in found.probed]
@@ -48,7 +48,9 @@ def replay(optimizer: ZeroOrder, step: int, lr: float, traces: Sequence[Trace]) 
     Raises:
         ValueError: the step depends on more than these scalars (and on bases set once).
     """
-    check_replay(optimizer)
+    reason = obstacle(optimizer)
+    if reason is not None:
+        raise ValueError(reason)
     assert isinstance(optimizer.estimator, Probes)
     optimizer.counters.steps, optimizer.param_groups[0]["lr"] = step, lr
     optimizer.draw_bases()
@@ -63,16 +65,17 @@ def replay(optimizer: ZeroOrder, step: int, lr: float, traces: Sequence[Trace]) 
             found.probed.append((direction, gradient))
             drawn += 1
         optimizer.estimator.weigh(found, one.shared)
-        optimizer.add(found, [float(gradient.mean()) for gradient in one.gradients], one.unread)
+        optimizer.add_estimate(found, [float(gradient.mean()) for gradient in one.gradients], one.unread)
     optimizer.step()
 
 
-def check_replay(optimizer: ZeroOrder) -> None:
-    """Raises ValueError if `optimizer`'s steps cannot be taken again from the scalars of its probes."""
+def obstacle(optimizer: ZeroOrder) -> str | None:
+    """Why the steps of `optimizer` cannot be taken again from their traces; None if they can."""
     subspace = optimizer.subspace
     if not isinstance(optimizer.estimator, Probes):
-        raise ValueError("its estimates are computed from activations: there are no scalars that a log could hold")
+        return "its estimates are computed from activations: there are no scalars that a log could hold"
     if optimizer.fold_every > 1:
-        raise ValueError("its updates are written together, whenever the weights are asked for: no log holds that")
+        return "its updates are written together, whenever the weights are asked for: no log holds that"
     if isinstance(subspace, Activation) and subspace.renew_every is not None:
-        raise ValueError("its bases come from the activations of its batches, again and again: no log holds those")
+        return "its bases come from the activations of its batches, again and again: no log holds those"
+    return None
