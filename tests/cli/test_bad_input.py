@@ -214,5 +214,10 @@ def test_align(flags: list[str], message: str, zoft: Callable[..., Outcome], mod
     assert_refused(zoft("align", model, "--task", "sst2", "--data", data, *few, *flags), message)
 
 
+def test_several_processes(zoft: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(zoft("train", "model", "--task", "sst2"), "zoft train is one process")
+
+
 def test_report_of_no_run(zoft: Callable[..., Outcome], tmp_path: Path) -> None:
     assert_refused(zoft("report", tmp_path), "metrics.jsonl")

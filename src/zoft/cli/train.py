@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -101,6 +102,8 @@ def train(
         "dtype": dtype,
         "device": device,
     }
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("zoft train is one process: for several write a loop or zoft.ZOTrainer (docs/processes.md)")
     if resume is not None:
         given = [name for name, value in flags.items() if value not in (None, {}) and name != "steps"]
         if given or config:
