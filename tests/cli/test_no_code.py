@@ -69,12 +69,19 @@ def test_pickles_in_a_checkpoint(
         assert_refused(outcome, "checkpoint-4")
 
 
-@pytest.mark.parametrize("name", ["/tmp/elsewhere", "../elsewhere"])
+@pytest.mark.parametrize("relative", [True, False])
 def test_a_resumed_run_stays_in_its_folder(
-    name: str, train: Callable[..., Outcome], zoft: Callable[..., Outcome], tmp_path: Path
+    relative: bool,
+    train: Callable[..., Outcome],
+    zoft: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Whatever its settings, or its checkpoint, say."""
     out = tmp_path / "here" / "run"
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    name = "../elsewhere" if relative else str(tmp_path / "elsewhere")
     assert train("--method", "zo-act", "--save-steps", 4, "--train-examples", 20, out=out).code == 0
     config, state = out / "config.yaml", out / "checkpoint-4" / "trainer_state.json"
     config.write_text(config.read_text().replace(f"out: {out}", f"out: {name}"))
@@ -84,4 +91,4 @@ def test_a_resumed_run_stays_in_its_folder(
     assert zoft("train", "--resume", out, "--steps", 8).code == 0
     assert zoft("replay", out).code == 0
     assert {path for path in tmp_path.rglob("*") if out not in path.parents} == kept
-    assert not Path("/tmp/elsewhere").exists() and (out / "checkpoint-8").is_dir()
+    assert (out / "checkpoint-8").is_dir()
