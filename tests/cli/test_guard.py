@@ -1,6 +1,7 @@
 """What ``zoft train`` notices, and ``--guard``: going back from a divergence with a smaller learning rate."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def test_nothing_is_said_of_a_normal_run(method: str, train: Callable[..., Outco
 
 @pytest.mark.parametrize(("method", "lr", "schedule"), [("lozo", 0.1, "linear"), ("fo-adamw", 10, "constant")])
 def test_guard(method: str, lr: float, schedule: str, train: Callable[..., Outcome], tmp_path: Path) -> None:
-    """It ends better than it began, by steps whose learning rates are the schedule's, cut by three at each event."""
+    """It ends no worse than it began, by steps whose learning rates are the schedule's, cut by three at each event."""
     (tmp_path / "every.yaml").write_text("log_steps: 1")
     flags = ("--method", method, "--lr", lr, "--schedule", schedule, "--config", tmp_path / "every.yaml")
     outcome = train(*flags, "--eval-steps", 20, "--guard", steps=100)
@@ -55,7 +56,9 @@ def test_guard(method: str, lr: float, schedule: str, train: Callable[..., Outco
     events = lines(out, "guard")
     assert outcome.out.count("training diverges") == len(events) > 0
     for number, (_, event) in enumerate(events):
-        assert event == f"back to the start, lr {lr / 3**number:.2g} -> {lr / 3 ** (number + 1):.2g}"
+        place, _, rates = event.partition(", lr ")
+        assert re.fullmatch(r"back to (the start|step \d+)", place)
+        assert rates == f"{lr / 3**number:.2g} -> {lr / 3 ** (number + 1):.2g}"
     for step, rate in lines(out, "learning_rate"):
         cuts = sum(at < step for at, _ in events)
         assert rate == pytest.approx(lr / 3**cuts * (1 - (step - 1) / 100 if schedule == "linear" else 1))
@@ -64,7 +67,7 @@ def test_guard(method: str, lr: float, schedule: str, train: Callable[..., Outco
     assert summary["forwards"] == (200 if method != "fo-adamw" else 300)
     assert summary["best"] >= summary["initial"] and summary["best_dev"] >= lines(out, "eval_accuracy")[0][1]
     start, *_, kept = (loss for _, loss in lines(out, "validation_loss"))
-    assert kept < start
+    assert kept < 1.1 * start  # the metric chose it, on six rows; a diverged model's loss is several times as large
     assert not (out / "initial").exists()
 
 

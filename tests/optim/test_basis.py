@@ -25,7 +25,7 @@ def sine_of_largest_angle(a: Tensor, b: Tensor) -> float:
 
 
 def basis_of(rows: Tensor, rank: int, power_steps: int | None) -> Basis:
-    return leading_basis(rows, normal((1, "omega"), (len(rows), rank)), power_steps)
+    return leading_basis(rows, normal((1, "omega"), (len(rows), min(rank, len(rows)))), power_steps)
 
 
 GAP = [10.0, 8.0, 1.0, 0.8, 0.6, 0.4]

@@ -36,7 +36,7 @@ def leading_basis(
     """Leading left singular vectors of ``H = rows^T``, where `rows` is [T, d_in] in any floating dtype.
 
     Randomised power iteration (AGZO, algorithm 1): ``Q = qr(H omega)``, then `power_steps` times
-    ``Q = qr(H (H^T Q))``, with `omega` float32 [T, r]; the rank is at most min(T, d_in). ``power_steps=None``
+    ``Q = qr(H (H^T Q))``, with `omega` float32 [T, r], r at most T; the rank is at most d_in. ``power_steps=None``
     takes the exact singular value decomposition instead. Products are taken in float32, `ROWS` rows at a time. Where H
     lies in parts, `rows` and `omega` are those of one, and `total` sums a product over all.
     """

@@ -49,12 +49,14 @@ def accuracy(
     console = common.console(quiet=as_json)
     results = Results(load_suite(suite), out or suite.parent / "results" / suite.stem)
     if not report_only:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the run under way, too
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the run under way, too
         try:
             run_suite(results, data, only or ["*"], console)
         except KeyboardInterrupt:
             print("zoft: interrupted; the same command goes on from here", file=sys.stderr)
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
     found = write_tables(results)
     if as_json:
         common.print_json(found)
