@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim import checkpoint
+from zoft.optim.apply import apply, rounding_key
 from zoft.optim.capture import Basis, captured
 from zoft.optim.check import check_axes, check_folding, check_numbers, check_probing, check_ranks
 from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape, uncompiled
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
-from zoft.optim.noise import Key
 from zoft.optim.pace import Pace
 from zoft.optim.pending import Pending
 from zoft.optim.probe import SideBranches
@@ -27,7 +27,6 @@ from zoft.optim.ranks import Parallel, Ranks
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank, Subspace, change_of_basis
 from zoft.optim.trace import Trace, trace_of
 from zoft.optim.update import SGD, State, Update
-from zoft.optim.write import add_dense_, add_noise_
 
 
 @dataclass
@@ -159,7 +158,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.renewed_at: int | None = None  # step of the last renewal
         self.traces: list[Trace] = []  # of the estimates since the last step
         self._drawn = 0  # directions drawn in this step
-        self._unused: Set[str] = set()  # dense parameters that the last estimate's passes did not read
+        self.unused: Set[str] = set()  # dense parameters that the last estimate's passes did not read
         self._estimate: Estimate | None = None
         self._warned: set[str] = set()
 
@@ -221,12 +220,12 @@ class ZeroOrder(torch.optim.Optimizer):
 
         Parameters that were `unread` stay still.
         """
-        self.projected_gradients, self._unused = gradients, unread
-        if self._unused:
+        self.projected_gradients, self.unused = gradients, unread
+        if self.unused:
             self._warn(
                 "unused",
-                f"{len(self._unused)} parameters are not read through their own module and stay "
-                f"still, for instance {min(self._unused)}",
+                f"{len(self.unused)} parameters are not read through their own module and stay "
+                f"still, for instance {min(self.unused)}",
             )
         total = self._estimate = self._estimate or Estimate()
         finite = [g for g in gradients if math.isfinite(g)]
@@ -270,7 +269,7 @@ class ZeroOrder(torch.optim.Optimizer):
         if self._estimate is None:
             raise RuntimeError("nothing to step on: call estimate(closure) first, or step(closure)")
         if self._estimate.count:
-            self._apply(self._estimate)
+            apply(self, self._estimate)
         self.take_estimate()
         return loss
 
@@ -280,44 +279,10 @@ class ZeroOrder(torch.optim.Optimizer):
         self.counters.steps += 1
         return estimate
 
-    def _apply(self, estimate: Estimate) -> None:
-        (group,) = self.param_groups
-        lr, decay = group["lr"], 1 - group["lr"] * group["weight_decay"]
-        for layer in self.maps:
-            if layer.name not in estimate.factors:
-                continue
-            move = self._move(layer.name, estimate.factors[layer.name] / estimate.count)
-            if self.keeps_coefficients:
-                self.coefficients[layer.name].mul_(decay).sub_(move, alpha=lr)
-                continue
-            self.pending.add(layer.name, move * -lr, self.bases[layer.name], decay)
-        self.pending.end_step()
-        if self.pending.steps >= self.fold_every:
-            self.fold()
-        rounding = self._rounding_key
-        for name, parameter in self.dense.items():
-            if name in self._unused:
-                continue
-            shrink = decay if parameter.dim() > 1 else 1.0
-            terms = [((*key, name), c / estimate.count) for key, c in estimate.dense]
-            if self.update.stateless:
-                add_noise_(parameter, [(key, -lr * c) for key, c in terms], (*rounding, name), shrink)
-            else:
-                gradient = torch.zeros_like(parameter, dtype=torch.float32)
-                add_noise_(gradient, terms, ())
-                add_dense_(parameter, self._move(name, gradient) * -lr, (*rounding, name), shrink)
-
-    def _move(self, name: str, gradient: Tensor) -> Tensor:
-        return self.update(gradient, self.updates.setdefault(name, {}))
-
-    @property
-    def _rounding_key(self) -> Key:
-        return (self.seed, self.counters.steps, "rounding")
-
     @torch.no_grad()
     def fold(self) -> None:
         """Write into the weights what is still beside them; for when they are read in another way than by running."""
-        self.pending.write(self.maps, self._rounding_key)
+        self.pending.write(self.maps, rounding_key(self))
 
     # --- bases ---------------------------------------------------------------------------------------------
 

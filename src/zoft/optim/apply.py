@@ -1,0 +1,49 @@
+"""From an estimate to moved parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from zoft.optim.estimator import Estimate
+from zoft.optim.noise import Key
+from zoft.optim.write import add_dense_, add_noise_
+
+if TYPE_CHECKING:
+    from zoft.optim.optimizer import ZeroOrder
+
+
+def apply(optimizer: ZeroOrder, estimate: Estimate) -> None:
+    """Move everything that `optimizer` trains along the mean of what was added to `estimate`, by its update rule."""
+    (group,) = optimizer.param_groups
+    lr, decay = group["lr"], 1 - group["lr"] * group["weight_decay"]
+    for layer in optimizer.maps:
+        if layer.name not in estimate.factors:
+            continue
+        state = optimizer.updates.setdefault(layer.name, {})
+        move = optimizer.update(estimate.factors[layer.name] / estimate.count, state)
+        if optimizer.keeps_coefficients:
+            optimizer.coefficients[layer.name].mul_(decay).sub_(move, alpha=lr)
+        else:
+            optimizer.pending.add(layer.name, move * -lr, optimizer.bases[layer.name], decay)
+    optimizer.pending.end_step()
+    if optimizer.pending.steps >= optimizer.fold_every:
+        optimizer.fold()
+    for name, parameter in optimizer.dense.items():
+        if name in optimizer.unused:
+            continue
+        shrink, rounding = decay if parameter.dim() > 1 else 1.0, (*rounding_key(optimizer), name)
+        terms = [((*key, name), c / estimate.count) for key, c in estimate.dense]
+        if optimizer.update.stateless:
+            add_noise_(parameter, [(key, -lr * c) for key, c in terms], rounding, shrink)
+        else:
+            gradient = torch.zeros_like(parameter, dtype=torch.float32)
+            add_noise_(gradient, terms, ())
+            move = optimizer.update(gradient, optimizer.updates.setdefault(name, {}))
+            add_dense_(parameter, move * -lr, rounding, shrink)
+
+
+def rounding_key(optimizer: ZeroOrder) -> Key:
+    """What prefixes the streams of the rounding in this step."""
+    return (optimizer.seed, optimizer.counters.steps, "rounding")
