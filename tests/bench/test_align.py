@@ -50,10 +50,10 @@ def test_measured_is_predicted(make: Callable[[], PreTrainedModel], name: str) -
 
 @pytest.mark.parametrize("name", ["agzo", "agzo, rank 3", "zo-act"])
 def test_an_estimate_points_uphill(name: str) -> None:
-    """Whatever the direction drawn, the loss difference turns it towards the gradient, if nothing else is probed; but
-    where it is tiny, curvature may turn it the other way."""
+    """Whatever the direction drawn, the loss difference turns it towards the gradient, if nothing else is probed."""
     model = llama()
-    assert min(align(model, closures(model), {name: METHODS[name]}, 20)[name].cosines) > -1e-3
+    near = partial(METHODS[name], eps=1e-4)  # where a slope is tiny, curvature would turn it the other way
+    assert min(align(model, closures(model), {name: near}, 20)[name].cosines) > -1e-4
 
 
 def test_capture() -> None:

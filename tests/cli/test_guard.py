@@ -45,9 +45,9 @@ def test_nothing_is_said_of_a_normal_run(method: str, train: Callable[..., Outco
     assert not (tmp_path / "run" / "initial").exists()
 
 
-@pytest.mark.parametrize(("method", "lr", "schedule"), [("lozo", 0.1, "linear"), ("fo-adamw", 10, "constant")])
+@pytest.mark.parametrize(("method", "lr", "schedule"), [("lozo", 0.09, "linear"), ("fo-adamw", 10, "constant")])
 def test_guard(method: str, lr: float, schedule: str, train: Callable[..., Outcome], tmp_path: Path) -> None:
-    """It ends no worse than it began, by steps whose learning rates are the schedule's, cut by three at each event."""
+    """It ends better than it began, by steps whose learning rates are the schedule's, cut by three at each event."""
     (tmp_path / "every.yaml").write_text("log_steps: 1")
     flags = ("--method", method, "--lr", lr, "--schedule", schedule, "--config", tmp_path / "every.yaml")
     outcome = train(*flags, "--eval-steps", 20, "--guard", steps=100)
@@ -57,7 +57,7 @@ def test_guard(method: str, lr: float, schedule: str, train: Callable[..., Outco
     assert outcome.out.count("training diverges") == len(events) > 0
     for number, (_, event) in enumerate(events):
         place, _, rates = event.partition(", lr ")
-        assert re.fullmatch(r"back to (the start|step \d+)", place)
+        assert re.fullmatch(r"back to (the start|step \d+)", place)  # the best so far, if there is one
         assert rates == f"{lr / 3**number:.2g} -> {lr / 3 ** (number + 1):.2g}"
     for step, rate in lines(out, "learning_rate"):
         cuts = sum(at < step for at, _ in events)
@@ -67,7 +67,7 @@ def test_guard(method: str, lr: float, schedule: str, train: Callable[..., Outco
     assert summary["forwards"] == (200 if method != "fo-adamw" else 300)
     assert summary["best"] >= summary["initial"] and summary["best_dev"] >= lines(out, "eval_accuracy")[0][1]
     start, *_, kept = (loss for _, loss in lines(out, "validation_loss"))
-    assert kept < 1.1 * start  # the metric chose it, on six rows; a diverged model's loss is several times as large
+    assert kept < start
     assert not (out / "initial").exists()
 
 
