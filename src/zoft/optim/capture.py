@@ -187,7 +187,7 @@ def captured(
 
     def hook(layer: LinearMap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = input_of(args, kwargs)
+            x = input_of(args, kwargs).to(layer.device)  # which a hook of the module's may only now move there
             if x.numel():  # an expert may be called with no token at all
                 basis = last.get(x, lambda: extract(layer, rows(layer, x)))
                 seen = bases.get(layer.name)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from zoft.optim.estimator import Estimator, Probes
 from zoft.optim.layers import LinearMap
+from zoft.optim.placement import is_sharded
 from zoft.optim.ranks import Ranks
 from zoft.optim.subspace import Activation, Full, Subspace
 from zoft.optim.update import Update
@@ -30,6 +33,26 @@ def check_axes(subspace: Subspace, update: Update, others: str) -> None:
             raise ValueError("coefficients need a basis that stays: Activation(renew_every=None)")
         if others != "frozen":
             raise ValueError("coefficients leave every other parameter frozen: others must be 'frozen'")
+
+
+def check_writable(maps: Sequence[LinearMap], dense: Mapping[str, Tensor], update: Update) -> None:
+    """Raises ValueError if a weight cannot be written."""
+    weights = {layer.name: getattr(layer.module, "weight", layer.fused) for layer in maps if layer.weight is None}
+    weights |= {name: parameter for name, parameter in dense.items() if parameter.is_meta}
+    if weights:
+        name, first = next(iter(weights.items()))
+        offloaded = isinstance(first, Tensor) and first.is_meta
+        kind = "an offloaded" if offloaded else "a sharded" if is_sharded(first) else "a quantized"
+        raise ValueError(
+            f"{name!r} (and {len(weights) - 1} more) has {kind} weight, which cannot be written: train coefficients "
+            "instead (ZOAct), or exclude it"
+        )
+    sharded = [name for name, parameter in dense.items() if is_sharded(parameter)]
+    if sharded and not update.stateless:
+        raise ValueError(
+            f"{sharded[0]!r} is sharded, and an update with a state (momentum, Adam) moves only matrices in shards: "
+            "leave the other parameters frozen, or take plain SGD"
+        )
 
 
 def check_ranks(ranks: Ranks, estimator: Estimator, maps: Sequence[LinearMap]) -> None:

@@ -119,7 +119,7 @@ def _kept(landscape: Landscape, writers: Sequence[Writer], modules: set[nn.Modul
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             basis, x = landscape.branches.basis(name), kept.tokens.read(input_of(args, kwargs))
             if basis is not None and x is not None:
-                kept.coordinates[name] = x.float() @ basis
+                kept.coordinates[name] = x.to(basis.device).float() @ basis
 
         return see
 
@@ -170,13 +170,14 @@ class _WayBack:
         rows = self.kept.tokens.read(at_logits)
         if rows is None:
             raise ValueError(f"the error at the logits has shape {tuple(at_logits.shape)}, which is not the logits'")
-        at_norm = self.transposed(stream.head, rows.float()) * stream.scale
-        return stream.norm.pull(self.kept.inputs[stream.norm.module], at_norm)
+        at_norm = self.transposed(stream.head, rows.float().to(stream.head.device)) * stream.scale
+        device = stream.norm.gain.device
+        return stream.norm.pull(self.kept.inputs[stream.norm.module].to(device), at_norm.to(device))
 
     def through(self, stream: Stream, error: Tensor) -> None:
         """Add every factor, from the `error` at the end of the stream back to its beginning."""
         for block in reversed(stream.blocks):
-            through = error
+            error = through = error.to(block.device)
             for writer in reversed(block.writers):
                 at_output = self.kept.take(writer, error if block.parallel else through, self.estimate)
                 inner = writer.feed_forward

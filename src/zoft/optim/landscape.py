@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from zoft.optim.capture import Basis
 from zoft.optim.copies import repeated
-from zoft.optim.layers import LinearMap, device_of
+from zoft.optim.layers import LinearMap
 from zoft.optim.loss import Loss
 from zoft.optim.noise import Key
+from zoft.optim.placement import devices_of
 from zoft.optim.probe import Direction, Factors, SideBranches, lent
 from zoft.optim.ranks import Ranks
 
@@ -60,7 +61,7 @@ class Landscape:
     examples: Tensor | None = None  # of each sequence of the model's batch, where they are not the same
 
     def __post_init__(self) -> None:
-        self._randomness = _Randomness(device_of(self.model))
+        self._randomness = _Randomness(devices_of(self.model))
 
     @property
     def needs_clean(self) -> bool:
@@ -189,17 +190,19 @@ class _Moved:
 
 
 class _Randomness:
-    """Gives every forward the same global random state (one dropout mask), on the CPU and on the model's device."""
+    """Gives every forward the same global random state (one dropout mask), on the CPU and on the model's `devices`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._generators: list[Any] = [torch.random]
-        if device.type not in ("cpu", "meta"):
-            self._generators.append(torch.get_device_module(device))
+    def __init__(self, devices: Set[torch.device]) -> None:
+        self._generators: list[tuple[Any, tuple[torch.device, ...]]] = [(torch.random, ())]
+        for device in devices:
+            if device.type not in ("cpu", "meta"):
+                module = torch.get_device_module(device)
+                self._generators.append((module, (device,) if module.device_count() > 1 else ()))
         self._start: list[Tensor] | None = None
 
     def rewind(self) -> None:
         if self._start is None:
-            self._start = [generator.get_rng_state() for generator in self._generators]
+            self._start = [generator.get_rng_state(*which) for generator, which in self._generators]
             return
-        for generator, state in zip(self._generators, self._start, strict=True):
-            generator.set_rng_state(state)
+        for (generator, which), state in zip(self._generators, self._start, strict=True):
+            generator.set_rng_state(state, *which)

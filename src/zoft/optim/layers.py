@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim.experts import find_experts
+from zoft.optim.placement import device_of, is_sharded, loaded_weight
 
 CONTAINERS = (nn.ParameterDict, nn.ParameterList)
 
@@ -25,10 +26,10 @@ class LinearMap:
     """One linear map ``y = x W^T`` of the model, wherever and however often it is applied.
 
     `modules` apply it to activations; `lookups` are embeddings that share its weight (or are the map
-    themselves) and read its rows. `weight` is None where it is not a plain floating-point tensor
-    (a quantized layer): such a map can carry a side branch but cannot be written to. `transposed` says that the
-    weight is stored as ``[d_in, d_out]`` (GPT-2's ``Conv1D``) instead of ``[d_out, d_in]``. An expert's weight is the
-    `part` of that number of the three-dimensional parameter `fused`.
+    themselves) and read its rows. `weight` is None where it cannot be written to, because it is no plain floating-point
+    tensor (a quantized layer) or lies elsewhere (an offloaded one): such a map can carry a side branch all the same.
+    `transposed` says that the weight is stored as ``[d_in, d_out]`` (GPT-2's ``Conv1D``) instead of ``[d_out, d_in]``.
+    An expert's weight is the `part` of that number of the three-dimensional parameter `fused`.
     """
 
     name: str
@@ -48,14 +49,24 @@ class LinearMap:
 
     @property
     def device(self) -> torch.device:
+        """Where it is computed."""
         return device_of(*self.modules, *self.lookups)
 
+    @property
+    def module(self) -> nn.Module:
+        """The first of those that hold the weight."""
+        return (*self.modules, *self.lookups)[0]
+
     def dense_weight(self) -> Tensor | None:
-        """W [d_out, d_in] as a plain tensor, made anew from a quantized one; None if there is no way to read it."""
+        """W [d_out, d_in] as a plain tensor, loaded or made anew from a quantized one; None if it cannot be read."""
         if self.weight is not None:
             return self.weight.t() if self.transposed else self.weight
-        module = (*self.modules, *self.lookups)[0]
+        module = self.module
         weight: Any = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_meta:
+            weight = loaded_weight(module)
+            readable = weight.is_floating_point() and not weight.is_meta
+            return (weight.t() if self.transposed else weight) if readable else None
         state: Any = getattr(weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):  # bitsandbytes has laid it out anew, for its forward alone
             units = torch.eye(self.d_in, dtype=state.dtype)
@@ -108,7 +119,8 @@ def find_linear_maps(
         maps.append(_linear_map(name, modules, lookups))
     for name, expert in find_experts(model) if experts else ():
         if _is_plain(expert.fused) and expert.fused.requires_grad and selected(name, include, exclude):
-            weight, shape = expert.fused.detach()[expert.index], (expert.d_in, expert.d_out)
+            whole = not (expert.fused.is_meta or is_sharded(expert.fused))
+            weight, shape = expert.fused.detach()[expert.index] if whole else None, (expert.d_in, expert.d_out)
             maps.append(LinearMap(name, (expert,), (), weight, expert.transposed, *shape, expert.fused, expert.index))
     if not maps:
         kinds = Counter(type(m).__name__ for m in names if not any(True for _ in m.children()))
@@ -141,8 +153,10 @@ def other_parameters(
     }
 
 
-def owners_of(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[nn.Module, list[str]]]:
-    """Modules that hold some of `parameters`, with the names of those; tied ones appear in each.
+def owners_of(
+    model: nn.Module, parameters: dict[str, nn.Parameter]
+) -> Iterator[tuple[nn.Module, dict[str, tuple[nn.Module, str]]]]:
+    """Modules that read some of `parameters`, with the names of those and where each lies; tied ones appear in each.
 
     What lies in a ``ParameterDict`` or ``ParameterList``, which is never called, is its parent's.
     """
@@ -151,9 +165,14 @@ def owners_of(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator
         if isinstance(module, CONTAINERS):
             continue
         holders = [module, *(child for child in module.children() if isinstance(child, CONTAINERS))]
-        names = [name_of[id(p)] for holder in holders for p in holder._parameters.values() if id(p) in name_of]
-        if names:
-            yield module, names
+        places = {
+            name_of[id(p)]: (holder, own)
+            for holder in holders
+            for own, p in holder._parameters.items()
+            if id(p) in name_of
+        }
+        if places:
+            yield module, places
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -174,12 +193,6 @@ def dequantized(weight: Any) -> Tensor | None:
     return None
 
 
-def device_of(*modules: nn.Module) -> torch.device:
-    """Where the first parameter or buffer of `modules` lies; the CPU, if they have none."""
-    tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-    return next((t.device for t in tensors), torch.device("cpu"))
-
-
 def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     """Whether `name` matches `include` (all, if empty) and no pattern of `exclude`."""
     wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
@@ -194,6 +207,7 @@ def _linear_map(name: str, modules: tuple[nn.Module, ...], lookups: tuple[nn.Emb
     readable = (
         isinstance(weight, Tensor)
         and _is_plain(weight)
+        and not weight.is_meta
         and weight.shape == ((d_in, d_out) if transposed else (d_out, d_in))
     )
     return LinearMap(name, modules, lookups, weight if readable else None, transposed, d_in, d_out)
@@ -215,7 +229,9 @@ def _is_lookup(module: nn.Module) -> bool:
 
 
 def _is_plain(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
-    return type(weight) is nn.Parameter and weight.is_floating_point()
+    if type(weight) is nn.Parameter or (is_sharded(weight) and isinstance(weight, nn.Parameter)):
+        return weight.is_floating_point()
+    return False
 
 
 def _is_frozen(weight: Tensor | None) -> bool:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from zoft.optim import checkpoint
 from zoft.optim.apply import apply, rounding_key
 from zoft.optim.capture import Basis, captured
-from zoft.optim.check import check_axes, check_folding, check_numbers, check_probing, check_ranks
+from zoft.optim.check import check_axes, check_folding, check_numbers, check_probing, check_ranks, check_writable
 from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape, uncompiled
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
 from zoft.optim.pace import Pace
 from zoft.optim.pending import Pending
+from zoft.optim.placement import take_over
 from zoft.optim.probe import SideBranches
 from zoft.optim.ranks import Parallel, Ranks
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank, Subspace, change_of_basis
@@ -115,6 +116,8 @@ class ZeroOrder(torch.optim.Optimizer):
         check_folding(fold_every, subspace, self.estimator, self.update)
         check_probing(subspace, self.estimator, others, clip=clip, normalise=normalise, batching=probe_batching)
 
+        if take_over(model) and not isinstance(self.estimator, Probes):
+            raise ValueError("guided reads weights between forwards, when they lie in shards: take probes (ZOAct)")
         self.maps: list[LinearMap] = []
         self.dense: dict[str, nn.Parameter] = {}
         if not isinstance(subspace, Full):
@@ -128,12 +131,8 @@ class ZeroOrder(torch.optim.Optimizer):
             )
         if isinstance(subspace, Full) or others == "gaussian":
             self.dense = other_parameters(model, self.maps, include=include, exclude=exclude)
-        unwritable = [m.name for m in self.maps if m.weight is None]
-        if unwritable and not self.keeps_coefficients:
-            raise ValueError(
-                f"layer {unwritable[0]!r} (and {len(unwritable) - 1} more) has a quantized weight, which cannot be "
-                "written: train coefficients instead (ZOAct), or exclude it"
-            )
+        if not self.keeps_coefficients:
+            check_writable(self.maps, self.dense, self.update)
         weights = {id(m.parameter): m.parameter for m in self.maps if m.parameter is not None}
         parameters = [*weights.values(), *self.dense.values()]
         if self.keeps_coefficients and not parameters:  # all quantized; torch wants something in its groups

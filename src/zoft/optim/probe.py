@@ -120,6 +120,7 @@ class SideBranches:
         return branch
 
     def _lookup(self, name: str, index: Tensor, factor: Tensor, basis: Tensor, y: Tensor) -> Tensor:
+        index = index.to(y.device)
         if factor.dim() == 3 and self._by_parts(name, index.unsqueeze(-1)):
             parts = torch.arange(len(factor), device=index.device).unsqueeze(1)
             rows = factor[parts, index.reshape(len(factor), -1)]
@@ -128,7 +129,7 @@ class SideBranches:
         return y + (rows @ basis.t()).to(y.dtype).view(y.shape)
 
     def _linear(self, name: str, x: Tensor, factor: Tensor, basis: Tensor, y: Tensor) -> Tensor:
-        projected = self._project(x, basis).to(y.dtype)
+        projected = self._project(x.to(y.device), basis).to(y.dtype)
         if factor.dim() == 3 and self._by_parts(name, projected):
             each, parts = projected.reshape(len(factor), -1, projected.shape[-1]), y.view(len(factor), -1, y.shape[-1])
             left = factor.transpose(1, 2).to(y.dtype)
@@ -168,14 +169,15 @@ def _plus_product(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
 def lent(model: nn.Module, parameters: dict[str, nn.Parameter], scale: float, key: Key) -> Iterator[set[str]]:
     """While open, each of `parameters` is ``p + scale z`` whenever the module that owns it runs.
 
-    z is the noise of stream ``(*key, name)``, the same for every owner of a tied parameter. Yields the names of
-    the parameters whose owners have been called so far.
+    z is the noise of stream ``(*key, name)``, the same for every owner of a tied parameter. Of a parameter in shards,
+    it is what has been gathered of them for the forward. Yields the names of the parameters whose owners have been
+    called so far.
     """
     used: set[str] = set()
     lent_out: set[str] = set()
     with ExitStack() as handles:
-        for module, names in owners_of(model, parameters):
-            loan = _Loan({name: parameters[name] for name in names}, scale, key, used, lent_out)
+        for module, places in owners_of(model, parameters):
+            loan = _Loan(places, scale, key, used, lent_out)
             # The hook that puts back runs even when the forward raises.
             handles.callback(module.register_forward_hook(loan.give_back, always_call=True).remove)
             handles.callback(module.register_forward_pre_hook(loan.take).remove)
@@ -184,23 +186,25 @@ def lent(model: nn.Module, parameters: dict[str, nn.Parameter], scale: float, ke
 
 class _Loan:
     def __init__(
-        self, parameters: dict[str, nn.Parameter], scale: float, key: Key, used: set[str], lent: set[str]
+        self, places: dict[str, tuple[nn.Module, str]], scale: float, key: Key, used: set[str], lent: set[str]
     ) -> None:
-        self.parameters, self.scale, self.key, self.used, self.lent = parameters, scale, key, used, lent
-        self.originals: list[dict[str, Tensor]] = []  # one entry a call: modules nest
+        self.places, self.scale, self.key, self.used, self.lent = places, scale, key, used, lent
+        self.originals: list[dict[str, tuple[Tensor, Tensor]]] = []  # one entry a call: modules nest
 
     def take(self, *_: Any) -> None:
         self.originals.append({})
-        for name, parameter in self.parameters.items():
+        for name, (holder, own) in self.places.items():
             self.used.add(name)
             if name not in self.lent:  # else an enclosing module holds it too, and has it on loan
                 self.lent.add(name)
-                self.originals[-1][name] = parameter.data
+                parameter = holder._parameters[own]
+                assert parameter is not None
+                self.originals[-1][name] = parameter, parameter.data
                 parameter.data = shifted(parameter.data, self.scale, (*self.key, name))
 
     def give_back(self, *_: Any) -> None:
-        for name, original in self.originals.pop().items():
-            self.parameters[name].data = original
+        for name, (parameter, original) in self.originals.pop().items():
+            parameter.data = original
             self.lent.remove(name)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zoft.optim.capture import Tokens
 from zoft.optim.layers import LinearMap, as_linear_map
+from zoft.optim.placement import device_of
 from zoft.optim.transpose import FeedForward, Norm
 
 ROWS = 8  # token rows looked at
@@ -44,6 +45,11 @@ class Block:
     writers: list[Writer]
     parallel: bool
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return device_of(*(module for writer in self.writers for module in writer.map.modules))
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -70,8 +76,8 @@ class Stream:
 class _Call:
     name: str
     module: nn.Module
-    x: Tensor  # rows [n, d_in]
-    y: Tensor  # rows [n, d_out]
+    x: Tensor  # rows [n, d_in], where the module computes
+    y: Tensor  # rows [n, d_out], there too
 
 
 def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
@@ -124,7 +130,9 @@ def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
             x = tokens.read(_first_tensor((*args, *kwargs.values())))
             y = tokens.read(_first_tensor(output))
             if y is not None and (x is not None or not name):
-                calls.append(_Call(name, module, y[:0] if x is None else x[:ROWS].clone(), y[:ROWS].clone()))
+                calls.append(
+                    _Call(name, module, y[:0] if x is None else x[:ROWS].to(y.device, copy=True), y[:ROWS].clone())
+                )
 
         return see
 
@@ -249,7 +257,7 @@ def _exact(tensor: Tensor) -> Tensor:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+    return one.shape == other.shape and torch.equal(one, other.to(one.device))
 
 
 def _is_leaf(module: nn.Module) -> bool:

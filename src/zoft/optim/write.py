@@ -4,16 +4,20 @@ Half-precision weights swallow updates smaller than half a unit in the last plac
 unit is 1.2e-4, larger than most steps of a zeroth-order method. So float16 and bfloat16 weights are rounded
 stochastically: up or down with probabilities that make the expectation exact. The dither is a Weyl sequence, the same
 for all writes, with a random start for each: uniform at every element, and read from a table instead of drawn.
+
+Of a weight in shards, every process writes its own rows, with the dither and the noise that they have in the whole.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from zoft.optim.noise import Key, normal_chunks, stream
+from zoft.optim.placement import own_rows
 
 ELEMENTS = 1 << 19  # weight elements updated at a time
 PERIOD, GOLDEN = 1 << 16, 40503  # of the dither; its step, the golden section of the period, is odd: all values occur
@@ -23,6 +27,8 @@ _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's mantissa
 @torch.no_grad()
 def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor, key: Key, decay: float = 1.0) -> None:
     """``weight = decay weight + left right^T`` for `weight` [m, n], float32 `left` [m, r] and `right` [n, r]."""
+    weight, first = own_rows(weight)
+    left = left[first : first + len(weight)]
     if weight.dtype not in _DROPPED_BITS:
         weight.addmm_(left.to(weight.dtype), right.t().to(weight.dtype), beta=decay)
         return
@@ -34,20 +40,22 @@ def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor, key: Key, decay: 
             exact.addcmul_(*factors)
         else:
             exact.addmm_(*factors, beta=decay)
-        part.copy_(_dithered(exact, weight.dtype, start * weight.shape[1], key))
+        part.copy_(_dithered(exact, weight.dtype, (first + start) * weight.shape[1], key))
 
 
 @torch.no_grad()
 def add_noise_(parameter: Tensor, terms: list[tuple[Key, float]], key: Key, decay: float = 1.0) -> None:
     """``parameter = decay parameter + sum of c z`` over `terms` (stream of z, c), a chunk at a time."""
+    parameter, row = own_rows(parameter)
+    first = row * math.prod(parameter.shape[1:])
     flat = parameter.view(-1) if parameter.is_contiguous() else parameter.reshape(-1)
-    streams = [normal_chunks(stream_key, flat.numel(), device=flat.device) for stream_key, _ in terms]
+    streams = [normal_chunks(name, flat.numel(), device=flat.device, first=first) for name, _ in terms]
     for parts in zip(*streams, strict=True):
         where = parts[0][0]
         exact = _exact(flat[where]).mul_(decay)
         for (_, z), (_, coefficient) in zip(parts, terms, strict=True):
             exact.add_(z, alpha=coefficient)
-        flat[where] = _dithered(exact, flat.dtype, where.start, key)
+        flat[where] = _dithered(exact, flat.dtype, first + where.start, key)
     if not parameter.is_contiguous():
         parameter.copy_(flat.view(parameter.shape))
 

@@ -1,0 +1,92 @@
+"""Where weights lie: on one device or several, loaded for each forward (accelerate), or in shards (fully_shard).
+
+A model larger than its device is run by others: accelerate's hooks load a module's weights as it is called, torch's
+``fully_shard`` gathers them. Between forwards there are a meta tensor or this process's rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def device_of(*modules: nn.Module) -> torch.device:
+    """Where `modules` compute, by their first parameter or buffer; the CPU, if they have none."""
+    devices = (device for module in modules for device in _devices(module))
+    return next(devices, torch.device("cpu"))
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """All devices that `model` computes on."""
+    return set(_devices(model))
+
+
+def loaded_weight(module: nn.Module) -> Tensor:
+    """The offloaded weight of `module`, loaded; still a meta tensor if accelerate loads it with a larger module."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether `tensor` is spread over several processes (a DTensor)."""
+    module = sys.modules.get("torch.distributed.tensor")  # else there is none, and the import is saved
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """What of `tensor` is here, to be written in its place, and the number of its first row."""
+    if not is_sharded(tensor):
+        return tensor, 0
+    sharded: Any = tensor
+    mesh, dim = sharded.device_mesh, _sharded_dim(sharded)
+    assert dim is not None
+    rows = -(-len(tensor) // mesh.size(dim))  # as torch.chunk has it
+    return sharded.to_local(), min(len(tensor), rows * mesh.get_local_rank(dim))
+
+
+def take_over(model: nn.Module) -> bool:
+    """Let what ``fully_shard`` has sharded be gathered for each forward anew; return whether there is any.
+
+    Without a backward pass nothing is kept gathered after a forward, and the next one is to see what was written.
+
+    Raises:
+        ValueError: the model is spread over processes in another way.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    modules = [m for m in model.modules() if fsdp is not None and isinstance(m, fsdp.FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
+    if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
+        raise ValueError("FullyShardedDataParallel keeps no weights by layer: shard the model with fully_shard (FSDP2)")
+    gathered = {id(p) for module in modules for p in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter) and (id(parameter) not in gathered or _sharded_dim(parameter) is None):
+            raise ValueError(
+                f"{name!r} is split among processes that each compute a part of its layer (tensor parallelism): a "
+                "side branch would not fit the part. Shard the model by rows with fully_shard, or use device_map"
+            )
+    return bool(modules)
+
+
+def _sharded_dim(tensor: Any) -> int | None:
+    """The dimension of the mesh along which `tensor` lies in blocks of rows, copied along the rest; None if not so."""
+    sharded = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    return sharded[0] if len(sharded) == 1 and tensor.placements[sharded[0]].is_shard(0) else None
+
+
+def _devices(module: nn.Module) -> Iterator[torch.device]:
+    """Of each parameter and buffer, where the module that owns it computes."""
+    for owner in module.modules():
+        hook = getattr(owner, "_hf_hook", None)  # accelerate's
+        target = getattr(hook, "execution_device", None)
+        for tensor in (*owner.parameters(recurse=False), *owner.buffers(recurse=False)):
+            yield torch.device(target) if tensor.is_meta and target is not None else tensor.device
