@@ -15,7 +15,7 @@ from zoft.optim.subspace import Activation, Full, Subspace
 from zoft.optim.update import Update
 
 
-def check_numbers(lr: float, eps: float, weight_decay: float) -> None:
+def numbers(lr: float, eps: float, weight_decay: float) -> None:
     """Raises ValueError if one is out of its range."""
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if not (math.isfinite(value) and value >= 0):
@@ -24,7 +24,7 @@ def check_numbers(lr: float, eps: float, weight_decay: float) -> None:
         raise ValueError(f"eps must be above 0, not {eps}")
 
 
-def check_axes(subspace: Subspace, update: Update, others: str) -> None:
+def axes(subspace: Subspace, update: Update, others: str) -> None:
     """Raises ValueError if one asks of another what it does not have."""
     if others not in ("frozen", "gaussian"):
         raise ValueError(f"others must be 'frozen' or 'gaussian', not {others!r}")
@@ -35,7 +35,7 @@ def check_axes(subspace: Subspace, update: Update, others: str) -> None:
             raise ValueError("coefficients leave every other parameter frozen: others must be 'frozen'")
 
 
-def check_writable(maps: Sequence[LinearMap], dense: Mapping[str, Tensor], update: Update) -> None:
+def writable(maps: Sequence[LinearMap], dense: Mapping[str, Tensor], update: Update) -> None:
     """Raises ValueError if a weight cannot be written."""
     weights = {layer.name: getattr(layer.module, "weight", layer.fused) for layer in maps if layer.weight is None}
     weights |= {name: parameter for name, parameter in dense.items() if parameter.is_meta}
@@ -55,7 +55,7 @@ def check_writable(maps: Sequence[LinearMap], dense: Mapping[str, Tensor], updat
         )
 
 
-def check_ranks(ranks: Ranks, estimator: Estimator, maps: Sequence[LinearMap]) -> None:
+def ranks(ranks: Ranks, estimator: Estimator, maps: Sequence[LinearMap]) -> None:
     """Raises ValueError if several processes cannot take one step."""
     if ranks.count > 1 and getattr(estimator, "per_example", False):
         raise ValueError("per-example probes are for one process: each example's direction is known to its own alone")
@@ -66,7 +66,16 @@ def check_ranks(ranks: Ranks, estimator: Estimator, maps: Sequence[LinearMap]) -
         )
 
 
-def check_folding(every: int, subspace: Subspace, estimator: Estimator, update: Update) -> None:
+def sharded(ranks: Ranks, estimator: Estimator) -> None:
+    """Raises ValueError if processes that gather weights together would not make the same passes, and wait."""
+    if not isinstance(estimator, Probes):
+        raise ValueError("guided reads weights between forwards, when they lie in shards: take probes (ZOAct)")
+    points = estimator.count * (2 if estimator.two_sided else 1)
+    if ranks.share_probes and points % ranks.count:
+        raise ValueError(f"{ranks.count} processes cannot share {points} points evenly, and gather weights together")
+
+
+def folding(every: int, subspace: Subspace, estimator: Estimator, update: Update) -> None:
     """Raises ValueError if updates are to be held back that cannot be."""
     if every < 1:
         raise ValueError(f"fold_every must be at least 1, not {every}")
@@ -74,7 +83,7 @@ def check_folding(every: int, subspace: Subspace, estimator: Estimator, update: 
         raise ValueError("fold_every is for low-rank updates, by probes, that are written into the weights")
 
 
-def check_probing(
+def probing(
     subspace: Subspace, estimator: Estimator, others: str, *, clip: float | None, normalise: bool, batching: bool
 ) -> None:
     """Raises ValueError if what is for probes, or for low-rank ones, is asked of others."""

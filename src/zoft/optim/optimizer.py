@@ -13,10 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from zoft.optim import checkpoint
+from zoft.optim import check, checkpoint
 from zoft.optim.apply import apply, rounding_key
 from zoft.optim.capture import Basis, captured
-from zoft.optim.check import check_axes, check_folding, check_numbers, check_probing, check_ranks, check_writable
 from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape, uncompiled
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
@@ -111,13 +110,13 @@ class ZeroOrder(torch.optim.Optimizer):
         self.model, self.others, self.seed, self.pace = model, others, seed, Pace(clip, normalise)
         self.ranks = Ranks(parallel)
         self.probe_batching, self.fold_every, self.pending = probe_batching, fold_every, Pending()
-        check_numbers(lr, eps, weight_decay)
-        check_axes(subspace, self.update, others)
-        check_folding(fold_every, subspace, self.estimator, self.update)
-        check_probing(subspace, self.estimator, others, clip=clip, normalise=normalise, batching=probe_batching)
+        check.numbers(lr, eps, weight_decay)
+        check.axes(subspace, self.update, others)
+        check.folding(fold_every, subspace, self.estimator, self.update)
+        check.probing(subspace, self.estimator, others, clip=clip, normalise=normalise, batching=probe_batching)
 
-        if take_over(model) and not isinstance(self.estimator, Probes):
-            raise ValueError("guided reads weights between forwards, when they lie in shards: take probes (ZOAct)")
+        if take_over(model):
+            check.sharded(self.ranks, self.estimator)
         self.maps: list[LinearMap] = []
         self.dense: dict[str, nn.Parameter] = {}
         if not isinstance(subspace, Full):
@@ -132,7 +131,7 @@ class ZeroOrder(torch.optim.Optimizer):
         if isinstance(subspace, Full) or others == "gaussian":
             self.dense = other_parameters(model, self.maps, include=include, exclude=exclude)
         if not self.keeps_coefficients:
-            check_writable(self.maps, self.dense, self.update)
+            check.writable(self.maps, self.dense, self.update)
         weights = {id(m.parameter): m.parameter for m in self.maps if m.parameter is not None}
         parameters = [*weights.values(), *self.dense.values()]
         if self.keeps_coefficients and not parameters:  # all quantized; torch wants something in its groups
@@ -185,7 +184,7 @@ class ZeroOrder(torch.optim.Optimizer):
         What ``loss.backward()`` is to a first-order optimizer. Several calls before one `step` are averaged; they
         share the bases of the first, and each draws directions of its own.
         """
-        check_ranks(self.ranks, self.estimator, self.maps)
+        check.ranks(self.ranks, self.estimator, self.maps)
         subspace, key = self.subspace, (self.seed, self.counters.steps)
         self.draw_bases()
         capture = None

@@ -71,8 +71,8 @@ def take_over(model: nn.Module) -> bool:
     for name, parameter in model.named_parameters():
         if is_sharded(parameter) and (id(parameter) not in gathered or _sharded_dim(parameter) is None):
             raise ValueError(
-                f"{name!r} is split among processes that each compute a part of its layer (tensor parallelism): a "
-                "side branch would not fit the part. Shard the model by rows with fully_shard, or use device_map"
+                f"{name!r} is split by tensor parallelism: a side branch would not fit the part of a layer that a "
+                "process computes. Shard the model with fully_shard (FSDP2), or use device_map"
             )
     return bool(modules)
 

@@ -68,10 +68,14 @@ class Ranks:
         """The mean over the examples of all ranks, from each rank's mean over its own; in one collective."""
         if not self.share_data or not factors:
             return factors
-        flat = torch.cat([factor.flatten() * examples for factor in factors.values()])
+        device = next(iter(factors.values())).device  # of the first layer: others may have another
+        flat = torch.cat([factor.flatten().to(device) * examples for factor in factors.values()])
         total = self.sum(torch.cat((flat, flat.new_tensor([examples]))))
         parts = (total[:-1] / total[-1]).split([factor.numel() for factor in factors.values()])
-        return {name: part.view(factor.shape) for (name, factor), part in zip(factors.items(), parts, strict=True)}
+        return {
+            name: part.view(factor.shape).to(factor.device)
+            for (name, factor), part in zip(factors.items(), parts, strict=True)
+        }
 
     def place(self, rows: int) -> tuple[int, int]:
         """Where this rank's `rows` begin among those of all ranks, and how many there are."""
