@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 
 import zoft
 from optim.models import changed, llama, snapshot, token_batch
@@ -208,3 +209,29 @@ def test_a_quantized_model_is_taken_where_coefficients_train(method: Any, taken:
     with nullcontext() if taken else pytest.raises(ValueError, match="purely quantized"):
         trainer_of(method(model, lr=1e-3), arguments(max_steps=2)).train()
     assert not getattr(model, "_hf_peft_config_loaded", False)
+
+
+def test_an_offloaded_model_is_trained_saved_and_resumed_as_one_in_memory(arguments: Arguments, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    places = {"device_map": {"model": "disk", "lm_head": "disk"}, "offload_folder": tmp_path / "weights"}
+
+    def run(name: str, steps: int, *, offloaded: bool, resume: str | None = None) -> list[Any]:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **(places if offloaded else {}))
+        assert any(p.is_meta for p in model.parameters()) == offloaded
+        often = {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "constant"}
+        args = arguments(output_dir=str(tmp_path / name), max_steps=steps, **often)
+        trainer = trainer_of(zoft.ZOAct(model, lr=1e-2), args)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(str(tmp_path / name / "final"))
+        adapter = (tmp_path / name / "final" / "adapter_model.safetensors").read_bytes()
+        return [adapter, trainer.evaluate()["eval_loss"]]
+
+    run("begun", 2, offloaded=True)
+    resumed = run("resumed", 4, offloaded=True, resume=str(tmp_path / "begun" / "checkpoint-2"))
+    assert resumed == run("plain", 4, offloaded=False)
+
+
+def test_sharding_by_the_trainer_is_refused(arguments: Arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
+    with pytest.raises(ValueError, match=r"DistributedConfig\(fsdp_size=N\)"):
+        trainer_of(zoft.ZOAct(llama()), arguments(fsdp=True))

@@ -48,6 +48,11 @@ class ZOTrainer(Trainer):
         if isinstance(optimizer, ZeroOrder):
             if optimizer.ranks.share_data and self.args.world_size == 1:
                 raise ValueError("every process would take the whole batch: set use_cpu=True in the TrainingArguments")
+            if self.args.fsdp:
+                raise ValueError(
+                    "fsdp=True would leave the model whole in every process: shard it before making the optimizer, by "
+                    "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))"
+                )
             # No gradient is ever reduced: DistributedDataParallel would only take memory for it.
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
