@@ -59,6 +59,13 @@ def test_trainer(tiny: str, tmp_path: Path) -> None:
         assert torch.allclose(adapted(tokens).logits, trainer.model.eval()(tokens).logits, atol=1e-5)
 
 
+def test_offload(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = load("examples/offload.py").main(tiny, str(tmp_path))
+    assert losses[-1] < losses[0]
+    assert "the weights loaded 20 times" in capsys.readouterr().out
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
 def test_trl(name: str, tiny: str, tmp_path: Path) -> None:
     trainer: ZOTrainer = load(f"examples/{name}.py").main(tiny, str(tmp_path))

@@ -81,7 +81,8 @@ class ZeroOrder(torch.optim.Optimizer):
         linear: patterns that name further modules to be treated as linear maps.
 
     Raises:
-        ValueError: an argument is out of its range, or the axes do not fit together.
+        ValueError: an argument is out of its range, the axes do not fit together, or weights lie where the method cannot
+            use them (`zoft.optim.placement`).
         NoLinearLayers: there is nothing to train.
     """
 
