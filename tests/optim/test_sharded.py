@@ -14,17 +14,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing import spawn
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from zoft.optim import AGZO, AIMZO, LOZO, Guided, MeZO, ZeroOrder, ZOAct
+from zoft.optim.placement import device_of
 
 from .models import gpt2, llama, tied_llama, token_batch, token_losses
 
 RANKS, STEPS, BATCH = 2, 3, 8
+CPU = torch.device("cpu")
 Build, Make = Callable[[], Any], Callable[..., ZeroOrder]
 
 
@@ -46,14 +49,6 @@ CASES: dict[str, tuple[Build, Make]] = {
     "LOZO-M of matrices": (llama, partial(LOZO, momentum=0.9, others="frozen")),
     "MeZO bfloat16": (partial(half, tied_llama), MeZO),
     "AGZO, probes shared": (llama, partial(AGZO, probes=4, parallel="probes")),
-}
-REFUSED: dict[str, tuple[str, Make]] = {
-    "guided reads weights between forwards": ("sharded", Guided),
-    "an update with a state .* moves only matrices in shards": ("sharded", partial(LOZO, momentum=0.9)),
-    "2 processes cannot share 3 points evenly": ("sharded", partial(AGZO, probes=3, parallel="probes")),
-    "shard the model with fully_shard": ("fsdp1", ZOAct),
-    "'model.embed_tokens.weight' is split by tensor parallelism: .* fully_shard": ("tensor", ZOAct),
-    "'model.embed_tokens.weight' is split by": ("tensor", AGZO),
 }
 
 
@@ -84,23 +79,41 @@ def train(model: nn.Module, make: Make, part: slice) -> tuple[dict[str, Tensor],
     )
 
 
-def refused(folder: str) -> dict[str, str]:
-    """What is said of each case that is refused."""
-    said = {}
-    for pattern, (way, make) in REFUSED.items():
-        if way == "tensor":
-            model = AutoModelForCausalLM.from_pretrained(
-                f"{folder}/model", distributed_config=DistributedConfig(tp_size=RANKS)
-            )
-        else:
-            model = (
-                shard(llama()) if way == "sharded" else FullyShardedDataParallel(llama(), device_id=torch.device("cpu"))
-            )
-        try:
-            make(model)
-        except ValueError as error:
-            said[pattern] = str(error)
-    return said
+def by_transformers(folder: str, **sizes: int) -> Any:
+    where = DistributedConfig(**sizes)
+    return AutoModelForCausalLM.from_pretrained(f"{folder}/model", distributed_config=where).eval()
+
+
+def too_late(model: Any) -> None:
+    optimizer = AGZO(model)
+    shard(model)
+    optimizer.step(lambda: token_losses(model, token_batch()))
+
+
+REFUSED: dict[str, tuple[Callable[[str], Any], Callable[[Any], Any]]] = {
+    "guided reads weights between forwards": (lambda _: shard(llama()), Guided),
+    "an update with a state .* moves only matrices in shards": (lambda _: shard(llama()), partial(LOZO, momentum=0.9)),
+    "cannot share 3 points evenly": (lambda _: shard(llama()), partial(AGZO, probes=3, parallel="probes")),
+    "shard the model with fully_shard": (lambda _: FullyShardedDataParallel(llama(), device_id=CPU), ZOAct),
+    "is split by tensor parallelism: .* fully_shard": (lambda folder: by_transformers(folder, tp_size=RANKS), ZOAct),
+    "'model.embed_tokens.weight' is split by": (lambda folder: by_transformers(folder, tp_size=RANKS), AGZO),
+    "sharded after the optimizer was made": (lambda _: llama(), too_late),
+}
+
+
+def refusal(model: Any, make: Callable[[Any], Any]) -> str:
+    """What is said of it."""
+    with pytest.raises(ValueError) as said:
+        make(model)
+    return str(said.value)
+
+
+def waiting_in_memory() -> nn.Module:
+    """A layer whose shard lies elsewhere than it is computed, as fully_shard's CPU offloading has it."""
+    layer = nn.Linear(4, 4, bias=False)
+    shard = DTensor.from_local(torch.empty(2, 4, device="meta"), init_device_mesh("cpu", (RANKS,)), [Shard(0)])
+    layer.weight = nn.Parameter(shard)
+    return layer
 
 
 def process(rank: int, folder: str) -> None:
@@ -115,12 +128,12 @@ def process(rank: int, folder: str) -> None:
         tensors[name], facts[name], optimizer = train(shard(build()), make, part)
         if name == "ZO-Act":
             torch.save(optimizer.state_dict(), f"{folder}/state{rank}.pt")
-    model = AutoModelForCausalLM.from_pretrained(
-        f"{folder}/model", distributed_config=DistributedConfig(fsdp_size=RANKS)
-    )
-    tensors["by transformers"], facts["by transformers"], _ = train(model.eval(), AGZO, own)
+    name, model = "by transformers", by_transformers(folder, fsdp_size=RANKS)
+    tensors[name], facts[name], _ = train(model, AGZO, own)
+    said = {pattern: refusal(build(folder), make) for pattern, (build, make) in REFUSED.items()}
+    assert device_of(waiting_in_memory()) == CPU
     torch.save(tensors, f"{folder}/{rank}.pt")
-    Path(f"{folder}/{rank}.json").write_text(json.dumps({"facts": facts, "refused": refused(folder)}))
+    Path(f"{folder}/{rank}.json").write_text(json.dumps({"facts": facts, "refused": said}))
     dist.destroy_process_group()
 
 
@@ -180,4 +193,4 @@ def test_what_does_not_fit_shards_is_refused(ran: tuple[Path, list[Any], list[An
     _, _, seen = ran
     for one in seen:
         for pattern in REFUSED:
-            assert re.search(pattern, one["refused"].get(pattern, "nothing")), pattern
+            assert re.search(pattern, one["refused"][pattern])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoft.optim.estimator import Estimator, Probes
 from zoft.optim.layers import LinearMap
@@ -73,6 +73,12 @@ def sharded(ranks: Ranks, estimator: Estimator) -> None:
     points = estimator.count * (2 if estimator.two_sided else 1)
     if ranks.share_probes and points % ranks.count:
         raise ValueError(f"{ranks.count} processes cannot share {points} points evenly, and gather weights together")
+
+
+def unmoved(model: nn.Module, sharded: bool) -> None:
+    """Raises ValueError if the model, whose weights were `sharded` or not, has others by now."""
+    if any(map(is_sharded, model.parameters())) != sharded:
+        raise ValueError("the model was sharded after the optimizer was made, which has its old weights: make it anew")
 
 
 def folding(every: int, subspace: Subspace, estimator: Estimator, update: Update) -> None:

@@ -81,8 +81,8 @@ class ZeroOrder(torch.optim.Optimizer):
         linear: patterns that name further modules to be treated as linear maps.
 
     Raises:
-        ValueError: an argument is out of its range, the axes do not fit together, or weights lie where the method cannot
-            use them (`zoft.optim.placement`).
+        ValueError: an argument is out of its range, the axes do not fit together, or weights lie where the method
+            cannot use them (`zoft.optim.placement`).
         NoLinearLayers: there is nothing to train.
     """
 
@@ -116,7 +116,8 @@ class ZeroOrder(torch.optim.Optimizer):
         check.folding(fold_every, subspace, self.estimator, self.update)
         check.probing(subspace, self.estimator, others, clip=clip, normalise=normalise, batching=probe_batching)
 
-        if take_over(model):
+        self.sharded = take_over(model)
+        if self.sharded:
             check.sharded(self.ranks, self.estimator)
         self.maps: list[LinearMap] = []
         self.dense: dict[str, nn.Parameter] = {}
@@ -186,6 +187,7 @@ class ZeroOrder(torch.optim.Optimizer):
         share the bases of the first, and each draws directions of its own.
         """
         check.ranks(self.ranks, self.estimator, self.maps)
+        check.unmoved(self.model, self.sharded)
         subspace, key = self.subspace, (self.seed, self.counters.steps)
         self.draw_bases()
         capture = None

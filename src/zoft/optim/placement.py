@@ -89,4 +89,11 @@ def _devices(module: nn.Module) -> Iterator[torch.device]:
         hook = getattr(owner, "_hf_hook", None)  # accelerate's
         target = getattr(hook, "execution_device", None)
         for tensor in (*owner.parameters(recurse=False), *owner.buffers(recurse=False)):
-            yield torch.device(target) if tensor.is_meta and target is not None else tensor.device
+            if tensor.is_meta and target is not None:
+                yield torch.device(target)
+            elif is_sharded(tensor):
+                sharded: Any = tensor
+                kind = sharded.device_mesh.device_type  # not where the shard lies, if those wait in memory
+                yield tensor.device if tensor.device.type == kind else torch.device(kind)
+            else:
+                yield tensor.device
