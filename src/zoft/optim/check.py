@@ -34,9 +34,14 @@ def check_axes(subspace: Subspace, update: Update, others: str) -> None:
 
 def check_ranks(ranks: Ranks, estimator: Estimator, maps: Sequence[LinearMap]) -> None:
     """Raises ValueError if several processes cannot take one step."""
+    if ranks.groups > 1:
+        if not isinstance(estimator, Probes):
+            raise ValueError(f"{estimator} has no probes that processes could share: leave parallel at 'data'")
+        if estimator.points < ranks.groups:
+            raise ValueError(f"{ranks.groups} groups of processes share {estimator.points} points: raise `probes`")
     if ranks.count > 1 and getattr(estimator, "per_example", False):
         raise ValueError("per-example probes are for one process: each example's direction is known to its own alone")
-    if ranks.share_data and any(layer.fused is not None for layer in maps):
+    if ranks.parts > 1 and any(layer.fused is not None for layer in maps):
         raise ValueError(
             "processes with parts of a batch would each see tokens of other experts, and wait for one another: "
             "exclude=['*experts*'], or parallel='probes'"

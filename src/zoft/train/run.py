@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,20 +19,22 @@ from zoft.data import Encoder, Row, Task, TaskDataset, hold_out, load_rows, samp
 from zoft.errors import UserError
 from zoft.optim import EstimateWarning, NoStream, ZeroOrder
 from zoft.optim.landscape import Closure
+from zoft.optim.ranks import Ranks
 from zoft.report import write_report
 from zoft.train.adapter import Factors, start_from, take_apart
 from zoft.train.arguments import training_arguments
 from zoft.train.auto import BATCHES, settle
 from zoft.train.batches import task_batches, task_closures
 from zoft.train.callbacks import Clock, LiveProgress, RunLog, StepLog
-from zoft.train.checkpoints import alone, last_checkpoint, remove, whole_folder
+from zoft.train.checkpoints import last_checkpoint, remove, whole_folder
 from zoft.train.config import COEFFICIENTS, TrainConfig
 from zoft.train.files import read_json, write_json
 from zoft.train.guard import INITIAL
 from zoft.train.identity import identity, model_digest
 from zoft.train.memory import peak_memory_bytes
-from zoft.train.models import load_model, room
+from zoft.train.models import find_device, load_model, room
 from zoft.train.optimizers import AUTO, build
+from zoft.train.processes import agreed, held, join, one_after_the_first, require_agreed, wait
 from zoft.train.stop import Stop
 from zoft.train.task_trainer import TaskTrainer
 from zoft.train.watch import Watch
@@ -52,20 +54,26 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     Raises:
         UserError: anything the user can mend.
     """
-    with alone(Path(config.out)):
-        return _train(config, console, resume)
+    first = join(find_device(config.device))
+    console.quiet = console.quiet or not first
+    config = replace(config, out=agreed(config.out))  # each may have found another free folder
+    with held(Path(config.out)):
+        return _train(config, console, resume, first)
 
 
-def _train(config: TrainConfig, console: Console, resume: bool) -> dict[str, Any]:
+def _train(config: TrainConfig, console: Console, resume: bool, first: bool) -> dict[str, Any]:
     task, out = config.load_task(), Path(config.out)
     config.check_objective(task)
+    if config.first_order and Ranks().count > 1:
+        raise UserError(f"{config.method} is a reference and runs in one process: start it without torchrun")
     if not resume and (out / "config.yaml").exists():
         raise UserError(f"{out} holds a run already: choose another --out, or continue it with --resume {out}")
     training_rows = load_rows(task, config.data, "train")
     rows = split(config, task, training_rows)
     console.print(f"loading {config.model}")
     model: Any
-    model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device, trainable=True)
+    with one_after_the_first():  # which may have to download it
+        model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device, trainable=True)
     digest = model_digest(model)
     adapter: Factors = {}
     if config.method in (AUTO, *COEFFICIENTS) and isinstance(model, PeftModel):
@@ -85,6 +93,7 @@ def _train(config: TrainConfig, console: Console, resume: bool) -> dict[str, Any
     if isinstance(optimizer, ZeroOrder) and adapter:
         start_from(optimizer, adapter)
     run = identity(config, digest, training_rows)
+    require_agreed(run)
     checkpoint = last_checkpoint(out, run) if resume else None
     args = training_arguments(config, task, str(out))
     leaves_adapter = isinstance(model, PeftModel) or (isinstance(optimizer, ZeroOrder) and optimizer.keeps_coefficients)
@@ -95,9 +104,9 @@ def _train(config: TrainConfig, console: Console, resume: bool) -> dict[str, Any
         zero_order = trainer.zero_order
         return zero_order.counters.forwards if zero_order else step * config.accumulate * FIRST_ORDER_STEP
 
-    log = RunLog(out / "metrics.jsonl", forwards)
+    log = RunLog(out / "metrics.jsonl", forwards, writes=first)
     progress, stop = LiveProgress(console, task.metric, log), Stop(console)
-    steps_log = StepLog(out, optimizer, run) if isinstance(optimizer, ZeroOrder) else None
+    steps_log = StepLog(out, optimizer, run) if isinstance(optimizer, ZeroOrder) and first else None
     trainer = TaskTrainer(
         model,
         tokenizer,
@@ -109,8 +118,10 @@ def _train(config: TrainConfig, console: Console, resume: bool) -> dict[str, Any
         train_dataset=data["train"],
         eval_dataset=data["dev"],
         optimizers=(optimizer, None),
-        callbacks=[log, progress, Clock(log, config.seconds, config.eval_seconds), stop],
+        callbacks=[log, progress, stop],
     )
+    if config.seconds or config.eval_seconds:
+        trainer.add_callback(Clock(log, config.seconds, config.eval_seconds))
     if steps_log is not None:
         trainer.add_callback(steps_log)
     trainer.add_callback(Watch(trainer, console, log, config.guard, steps_log))
@@ -120,13 +131,17 @@ def _train(config: TrainConfig, console: Console, resume: bool) -> dict[str, Any
         metrics = {name: found[f"validation_{name}"] for name in (task.metric, *task.also)}
         return {"metrics": metrics, "texts": _texts(trainer, data["validation"])}
 
-    if measured is not None:
-        write_json(out / "diagnosis.json", asdict(measured))
-    config.save(out / "config.yaml")  # from here on there is a run to resume
+    if first:
+        if measured is not None:
+            write_json(out / "diagnosis.json", asdict(measured))
+        config.save(out / "config.yaml")  # from here on there is a run to resume
+        if checkpoint is None:
+            log.path.unlink(missing_ok=True)
     if checkpoint is None:
-        log.path.unlink(missing_ok=True)
         before = validate() | {"dev": trainer.evaluate()[f"eval_{task.metric}"]}
-        write_json(out / "initial.json", before)
+        if first:
+            write_json(out / "initial.json", before)
+        wait()
     initial = read_json(out / "initial.json")
     console.print(f"{task.title}: {task.metric} {initial['metrics'][task.metric]:.3f} before training")
     console.print(
@@ -153,9 +168,10 @@ def _train(config: TrainConfig, console: Console, resume: bool) -> dict[str, Any
         trainer.state.best_model_checkpoint = str(best_folder)
         trainer._load_best_model()
         best = validate()
-    with whole_folder(out / ("adapter" if leaves_adapter else "model")) as aside:
-        trainer.save_model(str(aside))
-        (aside / "training_args.bin").unlink(missing_ok=True)
+    if first:
+        with whole_folder(out / ("adapter" if leaves_adapter else "model")) as aside:
+            trainer.save_model(str(aside))
+            (aside / "training_args.bin").unlink(missing_ok=True)
     start, found = initial.get("dev"), trainer.state.best_metric  # no start in a run that an earlier version began
     if start is not None and (found is None or found <= start):
         console.print(f"on the held-out rows nothing was better than before training ({start:.3f})")
@@ -185,12 +201,13 @@ def _train(config: TrainConfig, console: Console, resume: bool) -> dict[str, Any
         "truncated": {split: dataset.truncated for split, dataset in data.items()},
         "zoft_version": __version__,
     }
-    write_json(out / "summary.json", summary)
-    write_json(out / "examples.json", _examples(task, data["validation"], initial["texts"], best["texts"]))
-    write_report(out)
-    if config.save_steps is None:
-        for folder in (*out.glob("checkpoint-*"), *out.glob(INITIAL)):
-            remove(folder)
+    if first:
+        write_json(out / "summary.json", summary)
+        write_json(out / "examples.json", _examples(task, data["validation"], initial["texts"], best["texts"]))
+        write_report(out)
+        if config.save_steps is None:
+            for folder in (*out.glob("checkpoint-*"), *out.glob(INITIAL)):
+                remove(folder)
     return summary
 
 
