@@ -61,7 +61,6 @@ def held(out: Path) -> Iterator[None]:
             wait()
             yield
             wait()
-        PartialState().destroy_process_group()
     except (ConnectionError, RuntimeError) as error:
         if Ranks().count == 1 or not _is_lost(error):
             raise
@@ -69,6 +68,8 @@ def held(out: Path) -> Iterator[None]:
             f"{out}: another process of this run has ended; what was saved is whole, and any number of processes "
             f"can go on from it with zoft train --resume {out}"
         ) from error
+    finally:
+        PartialState().destroy_process_group()  # whose threads would not let the process end in order
 
 
 def _is_lost(error: Exception) -> bool:
