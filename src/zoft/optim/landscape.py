@@ -106,6 +106,9 @@ class Landscape:
         (direction, distance), copies, capture = points[0], len(points), None
         fresh: dict[str, Basis] = {}
         used: set[str] = set()
+        for moved, _ in points if self.capture is None else ():
+            if moved is not None:
+                moved.draw(self.branches.active, self.branches.bases)
         with ExitStack() as stack:
             if direction is None and self.capture is not None:
                 capture, self.capture = self.capture, None

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
@@ -176,7 +177,7 @@ def dequantized(weight: Any) -> Tensor | None:
 
 def device_of(*modules: nn.Module) -> torch.device:
     """Where the first parameter or buffer of `modules` lies; the CPU, if they have none."""
-    tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    tensors = (t for module in modules for t in chain(module.parameters(), module.buffers()))
     return next((t.device for t in tensors), torch.device("cpu"))
 
 

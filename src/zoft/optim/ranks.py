@@ -53,7 +53,8 @@ class Ranks:
     @property
     def parts(self) -> int:
         """Into how many parts each batch is divided: the size of a group."""
-        return self.count // self.groups
+        count = self.count
+        return count // self.groups if count > 1 else 1
 
     @property
     def part(self) -> int:
