@@ -22,8 +22,15 @@ LOST = ("connection closed", "connection reset", "connection refused", "broken p
 
 
 def join(device: torch.device) -> bool:
-    """Join the other processes, if there are any; whether this one is the first."""
-    return bool(PartialState(cpu=device.type == "cpu").is_main_process)
+    """Join the other processes, if there are any; whether this one is the first.
+
+    Raises:
+        UserError: the environment speaks of others, and does not say where they are.
+    """
+    try:
+        return bool(PartialState(cpu=device.type == "cpu").is_main_process)
+    except ValueError as error:
+        raise UserError(f"{error}. Start several processes by torchrun; for one, unset WORLD_SIZE") from error
 
 
 def wait() -> None:
