@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_model, make_rows
 
+import zoft.train.assemble as assemble
 import zoft.train.run as run
 from zoft.cli import main as zoft
 from zoft.train.files import write_json
@@ -45,7 +46,7 @@ METHODS = {
 STEPS, KILLS_A_RUN = 32, 8
 PHASES = {"loading": 1, "step": 12, "evaluation": 6, "checkpoint": 4, "result": 2}  # how often they come, at most
 PATCHED: list[tuple[Any, str, str]] = [
-    (run, "load_model", "loading"),
+    (assemble, "load_model", "loading"),
     (TaskTrainer, "training_step", "step"),
     (TaskTrainer, "evaluate", "evaluation"),
     (TaskTrainer, "_save_checkpoint", "checkpoint"),

@@ -1,8 +1,8 @@
 """`zoft.bench.accuracy`: which runs are made, and what is kept of each. The runs themselves are played."""
 
 import json
-import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from zoft.bench.accuracy import Results, seconds_left
 from zoft.bench.cell import claimed
 from zoft.bench.table import facts, sheets
 from zoft.errors import UserError
+from zoft.train.files import locked
 
 from .conftest import SUITE, Runs, files, go
 
@@ -150,46 +151,22 @@ def test_a_mistake_of_the_user_is_no_result(runs: Runs, results: Callable[..., R
     assert files(found) == {"sst2/zero-shot/s0.json"}
 
 
-def dead_process() -> int:
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    return child
-
-
 def test_claims(tmp_path: Path) -> None:
     file, lock = tmp_path / "row" / "lr1e-4-s0.json", tmp_path / "row" / "lr1e-4-s0.lock"
     with claimed(file) as ours:
-        assert ours and lock.read_text() == str(os.getpid())
+        assert ours
         with claimed(file) as again:
             assert not again
         assert lock.exists()
     assert not lock.exists()
 
-    lock.write_text(str(dead_process()))
+    lock.touch()  # of a process that has died
     with claimed(file) as ours:
-        assert ours and lock.read_text() == str(os.getpid())
+        assert ours
     assert not list(lock.parent.iterdir())
-
-    lock.write_text("")  # made this moment, and not written yet
-    with claimed(file) as ours:
-        assert not ours
-    lock.unlink()
     file.write_text("{}")
     with claimed(file) as ours:
         assert not ours
-
-
-def test_a_dead_owner_is_replaced_once(tmp_path: Path) -> None:
-    """Who saw the dead owner before another process took over gets nothing."""
-    file, lock = tmp_path / "a.json", tmp_path / "a.lock"
-    dead = dead_process()
-    lock.write_text(str(dead))
-    (tmp_path / "a.takeover").write_text("1")
-    with claimed(file) as ours:
-        assert not ours
-    assert lock.read_text() == str(dead)
 
 
 def test_waits_for_a_run_of_another_process(
@@ -198,15 +175,16 @@ def test_waits_for_a_run_of_another_process(
     found = results(seeds=0)
     lock = found.out / "sst2/agzo/lr1e-4-s0.lock"
     lock.parent.mkdir(parents=True)
-    lock.write_text(str(os.getppid()))
     slept = []
+    with ExitStack() as other:
+        other.enter_context(locked(lock))
 
-    def sleep(seconds: float) -> None:
-        slept.append(runs.rates)
-        lock.unlink()
+        def sleep(seconds: float) -> None:
+            slept.append(runs.rates)
+            other.close()
 
-    monkeypatch.setattr(zoft.bench.accuracy.time, "sleep", sleep)
-    go(found)
+        monkeypatch.setattr(zoft.bench.accuracy.time, "sleep", sleep)
+        go(found)
     assert slept == [[(3e-5, 0), (3e-4, 0)]]
     assert runs.rates == [*slept[0], (1e-4, 0)]
 

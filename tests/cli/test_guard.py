@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import zoft.train.run
+import zoft.train.assemble
 from train.tiny import TOKENIZER, make_model
 from zoft.train.watch import Watch
 
@@ -99,7 +99,7 @@ def test_guard_goes_back_to_the_best_checkpoint(
             if state.global_step == 30:
                 given["optimizer"].param_groups[0]["lr"] = 1e30
 
-    monkeypatch.setattr(zoft.train.run, "Watch", Jump)
+    monkeypatch.setattr(zoft.train.assemble, "Watch", Jump)
     assert train("--method", method, "--lr", 1e-3, "--eval-steps", 20, "--guard", steps=50).code == 0
     [(step, event)] = lines(tmp_path / "run", "guard")
     assert event == "back to step 20, lr 0.001 -> 0.00033"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-import zoft.train.run
+import zoft.train.assemble
 from zoft.train.callbacks import RunLog
 
 from .conftest import Outcome
@@ -24,10 +24,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
                 super().on_step_end(args, state, control, **given)
                 if state.global_step == step:
-                    monkeypatch.setattr(zoft.train.run, "RunLog", RunLog)
+                    monkeypatch.setattr(zoft.train.assemble, "RunLog", RunLog)
                     raise KeyboardInterrupt
 
-        monkeypatch.setattr(zoft.train.run, "RunLog", Interrupted)
+        monkeypatch.setattr(zoft.train.assemble, "RunLog", Interrupted)
 
     return after
 

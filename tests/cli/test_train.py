@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import zoft.train.run
+import zoft.train.assemble
 from train.tiny import TOKENIZER
 from zoft import __version__
 from zoft.train.optimizers import FIRST_ORDER
@@ -41,14 +41,14 @@ SUMMARY = {
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PreTrainedModel]]:
     """The models that training loads, and therefore trains."""
     models: list[PreTrainedModel] = []
-    load = zoft.train.run.load_model
+    load = zoft.train.assemble.load_model
 
     def record(*args: Any, **options: Any) -> Any:
         model, tokenizer = load(*args, **options)
         models.append(model)
         return model, tokenizer
 
-    monkeypatch.setattr(zoft.train.run, "load_model", record)
+    monkeypatch.setattr(zoft.train.assemble, "load_model", record)
     yield models
 
 

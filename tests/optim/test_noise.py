@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoft.optim.noise import CHUNK, WIDTH, Key, _mix, _rows, normal, normal_chunks, stream
+from zoft.optim.noise import CHUNK, WIDTH, Key, _mix, _rows, normal, normal_chunks, normals, stream
 
 MASK = (1 << 64) - 1
 GOLDEN = {
@@ -51,6 +51,13 @@ def test_the_reference_generator_gives_the_published_numbers() -> None:
 @pytest.mark.parametrize("key", GOLDEN, ids=str)
 def test_golden_values(key: Key) -> None:
     torch.testing.assert_close(normal(key, (8,)), torch.tensor(GOLDEN[key]), rtol=0, atol=1e-6)
+
+
+def test_many_together_are_those_of_each_alone() -> None:
+    shapes = [(5,), (4 * WIDTH,), (7, 3, 11), (1, 1), (4 * WIDTH + 1, 2)]
+    keys: list[Key] = [(3, "a", i) for i in range(len(shapes))]
+    for found, key, shape in zip(normals(keys, shapes), keys, shapes, strict=True):
+        assert torch.equal(found, normal(key, shape))
 
 
 @pytest.mark.parametrize("key", GOLDEN, ids=str)

@@ -80,14 +80,19 @@ def process(rank: int, count: int, folder: str, way: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", count)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60))
-    methods, part = (METHODS, parts(count)[rank]) if way == "data" else (SHARED, slice(None))
-    found = {name: train(make, part, parallel=way) for name, make in methods.items()}
+    methods = METHODS if way == "data" else SHARED
+    part = {"data": parts(count)[rank], "probes": slice(None), "both": parts(2)[rank % 2]}[way]
+    parallel = 2 if way == "both" else way
+    found = {name: train(make, part, parallel=parallel) for name, make in methods.items()}
     torch.save({name: moved for name, (moved, _) in found.items()}, f"{folder}/{rank}.pt")
     Path(f"{folder}/{rank}.json").write_text(json.dumps({name: facts for name, (_, facts) in found.items()}))
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[(2, "data"), (4, "data"), (2, "probes")], ids=["2 parts", "4 parts", "probes"])
+WAYS = {"2 parts": (2, "data"), "4 parts": (4, "data"), "probes": (2, "probes"), "2 groups": (4, "both")}
+
+
+@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Any], list[Any]]:
     """The way, and what every rank has: tensors and facts."""
     count, way = request.param
@@ -129,18 +134,31 @@ def test_what_is_exchanged_is_counted(ran: tuple[str, list[Any], list[Any]]) -> 
         assert facts[0]["AGZO"]["sent"] == STEPS * (bases + (1 + 1) * 8 + (2 + 1) * 8)
         assert all(fact["AGZO"]["forwards"] == 2 * STEPS for fact in facts)
     else:
-        assert facts[0]["MeZO"]["sent"] == STEPS * 4 * 8
-        assert [fact["AGZO"]["forwards"] for fact in facts] == [3 * STEPS, 3 * STEPS]  # the centre and two of four
+        assert facts[0]["MeZO"]["sent"] == STEPS * (4 + 1) * 8  # four losses and a number of examples
+        assert [fact["AGZO"]["forwards"] for fact in facts] == [3 * STEPS] * count  # the centre and two of four
 
 
 def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="parallel must be"):
         AGZO(llama(), parallel="both")
+    with pytest.raises(ValueError, match="parallel must be"):
+        AGZO(llama(), parallel=0)
+    with pytest.raises(ValueError, match="1 processes cannot form 2 groups"):
+        AGZO(llama(), parallel=2)
     monkeypatch.setattr("zoft.optim.ranks.Ranks.count", 3)
-    model, (batch, *_) = llama(), batches()
+    model = llama()
     with pytest.raises(ValueError, match="per-example"):
-        AGZO(model, per_example=True).step(lambda: loss_of(model, batch))
-    with pytest.raises(ValueError, match="3 processes share 1 points"):
-        AGZO(model, parallel="probes").step(lambda: loss_of(model, batch))
+        AGZO(model, per_example=True)
+    with pytest.raises(ValueError, match="3 groups of processes share 1 points"):
+        AGZO(model, parallel="probes")
     with pytest.raises(ValueError, match="no probes that processes could share"):
-        Guided(model, parallel="probes").step(lambda: loss_of(model, batch))
+        Guided(model, parallel="probes")
+
+
+def test_what_cannot_be_shared_is_refused_by_a_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For processes that found one another after the optimizer was made."""
+    model, (batch, *_) = llama(), batches()
+    optimizer = AGZO(model, per_example=True)
+    monkeypatch.setattr("zoft.optim.ranks.Ranks.count", 3)
+    with pytest.raises(ValueError, match="per-example"):
+        optimizer.step(lambda: loss_of(model, batch))

@@ -93,7 +93,10 @@ def too_late(model: Any) -> None:
 REFUSED: dict[str, tuple[Callable[[str], Any], Callable[[Any], Any]]] = {
     "guided reads weights between forwards": (lambda _: shard(llama()), Guided),
     "an update with a state .* moves only matrices in shards": (lambda _: shard(llama()), partial(LOZO, momentum=0.9)),
-    "cannot share 3 points evenly": (lambda _: shard(llama()), partial(AGZO, probes=3, parallel="probes")),
+    "2 groups of processes cannot share 3 points evenly": (
+        lambda _: shard(llama()),
+        partial(AGZO, probes=3, parallel="probes"),
+    ),
     "shard the model with fully_shard": (lambda _: FullyShardedDataParallel(llama(), device_id=CPU), ZOAct),
     "is split by tensor parallelism: .* fully_shard": (lambda folder: by_transformers(folder, tp_size=RANKS), ZOAct),
     "'model.embed_tokens.weight' is split by": (lambda folder: by_transformers(folder, tp_size=RANKS), AGZO),

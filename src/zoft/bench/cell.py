@@ -7,16 +7,17 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import Timeout
 
 from zoft.bench.process import run_zoft
 from zoft.bench.suite import EVAL_FLAGS, Cell
 from zoft.report.run import read_run
-from zoft.train.files import write_json, write_text
+from zoft.train.files import locked, write_json, write_text
 
 Record = dict[str, Any]
 
@@ -86,63 +87,13 @@ def _evaluated(found: Record) -> Record:
 
 @contextmanager
 def claimed(file: Path) -> Iterator[bool]:
-    """Whether this process alone may make `file`, until the block ends: not if it is there, or another is at it.
-
-    A lock file beside it holds the number of the process; one of a process that has died is taken over.
-    """
-    lock, ours = file.with_suffix(".lock"), False
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        ours = _acquire(lock)
-        yield ours and not file.exists()
-    finally:
-        if ours:
-            lock.unlink(missing_ok=True)
-
-
-def _acquire(lock: Path) -> bool:
-    if _create(lock):
-        return True
-    owner = _owner(lock)
-    if owner is None or _runs(owner):
-        return False
-    guard = lock.with_suffix(".takeover")  # two processes may have seen that the owner is dead
-    if not _create(guard):
-        return False
-    try:
-        dead = _owner(lock) == owner
-        if dead:
-            write_text(lock, str(os.getpid()))
-        return dead
-    finally:
-        guard.unlink()
-
-
-def _create(lock: Path) -> bool:
-    try:
-        with lock.open("x", encoding="utf-8") as file:
-            file.write(str(os.getpid()))
-    except FileExistsError:
-        return False
-    return True
-
-
-def _owner(lock: Path) -> int | None:
-    """The process named in a lock file; None if it is gone, or not written yet."""
-    try:
-        return int(lock.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _runs(process: int) -> bool:
-    """Whether there is such a process."""
-    if os.name == "nt":
-        return True  # asking by a signal, as below, would end it there
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    """Whether this process alone may make `file`, until the block ends: not if it is there, or another is at it."""
+    path = file.with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except Timeout:
+            yield False
+        else:
+            yield not file.exists()

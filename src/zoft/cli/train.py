@@ -102,8 +102,6 @@ def train(
         "dtype": dtype,
         "device": device,
     }
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("zoft train is one process: for several write a loop or zoft.ZOTrainer (docs/processes.md)")
     if resume is not None:
         given = [name for name, value in flags.items() if value not in (None, {}) and name != "steps"]
         if given or config:
@@ -117,13 +115,13 @@ def train(
 
     settings = TrainConfig.load(config, **flags)
     console = common.console(quiet=as_json)
+    first = int(os.environ.get("RANK", "0")) == 0  # of several processes
     try:
         summary = run(settings, console, resume=resume is not None)
     except KeyboardInterrupt as stopped:
-        if (Path(settings.out) / "config.yaml").is_file():
+        if first and (Path(settings.out) / "config.yaml").is_file():
             print(f"zoft: interrupted; continue with: zoft train --resume {settings.out}", file=sys.stderr)
         raise typer.Exit(128 + getattr(stopped, "signal", signal.SIGINT)) from None
-    if as_json:
+    if as_json and first:
         common.print_json(summary)
-        return
     common.print_summary(console, summary, Path(settings.out))

@@ -57,9 +57,14 @@ def writable(maps: Sequence[LinearMap], dense: Mapping[str, Tensor], update: Upd
 
 def ranks(ranks: Ranks, estimator: Estimator, maps: Sequence[LinearMap]) -> None:
     """Raises ValueError if several processes cannot take one step."""
+    if ranks.groups > 1:
+        if not isinstance(estimator, Probes):
+            raise ValueError(f"{estimator} has no probes that processes could share: leave parallel at 'data'")
+        if estimator.points < ranks.groups:
+            raise ValueError(f"{ranks.groups} groups of processes share {estimator.points} points: raise `probes`")
     if ranks.count > 1 and getattr(estimator, "per_example", False):
         raise ValueError("per-example probes are for one process: each example's direction is known to its own alone")
-    if ranks.share_data and any(layer.fused is not None for layer in maps):
+    if ranks.parts > 1 and any(layer.fused is not None for layer in maps):
         raise ValueError(
             "processes with parts of a batch would each see tokens of other experts, and wait for one another: "
             "exclude=['*experts*'], or parallel='probes'"
@@ -70,9 +75,8 @@ def sharded(ranks: Ranks, estimator: Estimator) -> None:
     """Raises ValueError if processes that gather weights together would not make the same passes, and wait."""
     if not isinstance(estimator, Probes):
         raise ValueError("guided reads weights between forwards, when they lie in shards: take probes (ZOAct)")
-    points = estimator.count * (2 if estimator.two_sided else 1)
-    if ranks.share_probes and points % ranks.count:
-        raise ValueError(f"{ranks.count} processes cannot share {points} points evenly, and gather weights together")
+    if estimator.points % ranks.groups:
+        raise ValueError(f"{ranks.groups} groups of processes cannot share {estimator.points} points evenly")
 
 
 def unmoved(model: nn.Module, sharded: bool) -> None:

@@ -115,6 +115,11 @@ class Probes:
         if self.shape and not (self.two_sided or self.leave_one_out):
             raise ValueError("shape compares probes with one another, not with f(0): set two_sided or leave_one_out")
 
+    @property
+    def points(self) -> int:
+        """How many points beside the centre an estimate looks at."""
+        return self.count * (2 if self.two_sided else 1)
+
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
         signs = (1, -1) if self.two_sided else (1,)
         wanted = landscape.needs_clean or self.per_example or not (self.two_sided or self.leave_one_out)

@@ -23,7 +23,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zoft.optim.capture import Tokens
@@ -57,12 +56,10 @@ class Guided:
 
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
         ranks = landscape.ranks
-        if ranks.share_probes:
-            raise ValueError("guided has no probes that processes could share: leave parallel at 'data'")
         if self._stream is None:
             found = find_stream(landscape.model, landscape.forward)
             landscape.forwards -= 1  # a look at the model, which a resumed run takes again: no part of the training
-            if ranks.total(torch.tensor(float(found is None))):  # on any of them
+            if ranks.any(found is None):
                 return math.nan, [math.nan]
             self._stream = found
         stream = self._stream

@@ -89,17 +89,17 @@ class Landscape:
         The centre, which renews due bases, comes first.
 
         Raises:
-            ValueError: with `batching`, the points cannot share a pass; or there are too few for all processes.
+            ValueError: with `batching`, the points cannot share a pass.
         """
         centre = [direction is None for direction, _ in points]
         own = self.ranks.own(centre)
         passes = [[points[i] for i in own]] if self.batching else [[points[i]] for i in own]
         found = torch.stack([losses for together in passes for losses in self._pass(together)])
-        return found if per_example else self.ranks.spread(self.ranks.mean(found), own, centre)
+        return found if per_example else self.ranks.means(found, own, centre)
 
     def complete(self, directions: Sequence[Direction]) -> None:
         """Draw what of `directions` other processes have evaluated."""
-        for direction in directions if self.ranks.share_probes else ():
+        for direction in directions if self.ranks.groups > 1 else ():
             for layer in self.branches.active:
                 direction.left(layer, self.branches.bases[layer.name])
 
@@ -107,6 +107,9 @@ class Landscape:
         (direction, distance), copies, capture = points[0], len(points), None
         fresh: dict[str, Basis] = {}
         used: set[str] = set()
+        for moved, _ in points if self.capture is None else ():
+            if moved is not None:
+                moved.draw(self.branches.active, self.branches.bases)
         with ExitStack() as stack:
             if direction is None and self.capture is not None:
                 capture, self.capture = self.capture, None
@@ -124,7 +127,7 @@ class Landscape:
                 used = stack.enter_context(lent(self.model, self.dense, distance, direction.key))
             found = [self.forward() for _ in points]
         self.used |= used
-        if capture is not None and math.isfinite(self.ranks.mean(found[0].unsqueeze(0))):
+        if capture is not None and math.isfinite(self.ranks.means(found[0].unsqueeze(0), [0], [True])):
             reached = fresh.keys() if self.reached is None else fresh.keys() & self.reached
             self.renew({name: basis.vectors for name, basis in fresh.items() if name in reached})
         elif capture is not None:

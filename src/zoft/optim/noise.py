@@ -17,7 +17,7 @@ import functools
 import hashlib
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -81,9 +81,28 @@ def normal(
     offset, gamma = stream(key)
     first, last = start // word, -(-(start + count) // word)
     words = torch.arange(first + 1, last + 1, dtype=torch.int64, device=device).mul_(gamma).add_(offset)
+    return _picked(words)[start - word * first :][:count].view(shape)
+
+
+def normals(
+    keys: Sequence[Key], shapes: Sequence[tuple[int, ...]], *, device: torch.device | str | None = None
+) -> list[Tensor]:
+    """``normal(key, shape)`` of each key and shape, bit for bit; many small ones take less time together."""
+    counts, word = [math.prod(shape) for shape in shapes], 4 * WIDTH
+    whole = [-(-count // word) for count in counts]
+    words, size = torch.tensor(whole, device=device), {"output_size": sum(whole)}  # else the device is waited for
+    streams = torch.tensor([stream(key) for key in keys], device=device).repeat_interleave(words, dim=0, **size)
+    before = (words.cumsum(0) - words).repeat_interleave(words, **size)
+    place = torch.arange(1, len(before) + 1, device=device).sub_(before)
+    made = _picked(place.mul_(streams[:, 1]).add_(streams[:, 0]))
+    parts = made.split([-(-count // word) * word for count in counts])
+    return [part[:count].view(shape) for part, count, shape in zip(parts, counts, shapes, strict=True)]
+
+
+def _picked(words: Tensor) -> Tensor:
+    """The normals that int64 `words` come to, 4 `WIDTH` each; `words` is used up."""
     picked = _mix(words).view(torch.int16).to(torch.int32).add_(1 << 15)
-    normals = _rows(picked.device).index_select(0, picked).view(-1)
-    return normals[start - word * first :][:count].view(shape)
+    return _rows(picked.device).index_select(0, picked).view(-1)
 
 
 def normal_chunks(

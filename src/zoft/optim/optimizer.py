@@ -74,8 +74,9 @@ class ZeroOrder(torch.optim.Optimizer):
             (`zoft.optim.copies.repeated`): faster where reading the weights takes the time, small batches of short
             texts, for the memory of the larger batch. The same numbers, but for rounding.
         parallel: what the processes of ``torch.distributed`` share, if it is initialised: ``"data"``, each has a part
-            of the batch, or ``"probes"``, all have the same and evaluate different probes of it. Either way they
-            exchange losses, and for bases from activations small products, and take the same step.
+            of the batch, or ``"probes"``, all have the same and evaluate different probes of it; or both, by so many
+            groups that share the probes, and in each of which the processes share the batch (`zoft.optim.ranks`).
+            They exchange losses, and for bases from activations small products, and take the same step.
         seed: names all noise; runs with equal seeds draw equal directions.
         include, exclude: shell-style patterns on module or parameter names.
         linear: patterns that name further modules to be treated as linear maps.
@@ -132,6 +133,7 @@ class ZeroOrder(torch.optim.Optimizer):
             )
         if isinstance(subspace, Full) or others == "gaussian":
             self.dense = other_parameters(model, self.maps, include=include, exclude=exclude)
+        check.ranks(self.ranks, self.estimator, self.maps)
         if not self.keeps_coefficients:
             check.writable(self.maps, self.dense, self.update)
         weights = {id(m.parameter): m.parameter for m in self.maps if m.parameter is not None}

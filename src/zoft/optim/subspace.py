@@ -87,11 +87,11 @@ class Activation:
     def extract(self, rows: Tensor, key: Key, previous: Tensor | None = None, ranks: Ranks | None = None) -> Basis:
         """The basis of input activations `rows` [T, d_in]; the test matrix, of noise stream `key`, is every layer's.
 
-        Where `ranks` share the batch, it is that of the activations of all.
+        Where `ranks` have parts of the batch, it is that of the activations of all.
         """
         ranks = ranks or Ranks()
         start, count = ranks.place(len(rows))
-        if ranks.share_data and self.power_steps is None:  # the exact decomposition needs them in one place
+        if ranks.parts > 1 and self.power_steps is None:  # the exact decomposition needs them in one place
             whole = torch.zeros(count, rows.shape[1], device=rows.device)
             whole[start : start + len(rows)] = rows
             return leading_basis(ranks.total(whole), whole[:, : min(self.rank, count)], None)

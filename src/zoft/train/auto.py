@@ -10,6 +10,8 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import torch
+
 from zoft.errors import UserError
 from zoft.optim import EstimateWarning, Guided, NoLinearLayers, NoStream
 from zoft.optim.landscape import Closure
@@ -103,4 +105,7 @@ def _together_is_faster(config: TrainConfig, model: Any, closure: Closure, wante
         if wanted:
             raise UserError(f"option {BATCHING}: {error}") from error
         return False
-    return wanted or median(seconds[1][1:]) < median(seconds[0][1:])
+    if wanted:
+        return True
+    together, apart = (optimizer.ranks.sum(torch.tensor(median(taken[1:]))) for taken in reversed(seconds))
+    return bool(together < apart)

@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from zoft.errors import UserError
 from zoft.optim import ZeroOrder, obstacle
+from zoft.optim.ranks import Ranks
 from zoft.train.files import write_text
 from zoft.train.identity import require_same
 from zoft.train.memory import peak_memory_bytes
@@ -47,11 +48,12 @@ class RunLog(TrainerCallback):
     """Appends every log line to ``metrics.jsonl``, with the forwards and the seconds of training up to it.
 
     `seconds` counts training steps only, without evaluations and saving. The forwards are of zeroth-order
-    training; a first-order step counts as three (its forward, and a backward of about two).
+    training; a first-order step counts as three (its forward, and a backward of about two). Of several processes one
+    `writes`.
     """
 
-    def __init__(self, path: Path, forwards: Any) -> None:
-        self.path, self.forwards = path, forwards
+    def __init__(self, path: Path, forwards: Any, writes: bool = True) -> None:
+        self.path, self.forwards, self._writes = path, forwards, writes
         self.seconds = 0.0
         self._started = 0.0
 
@@ -61,7 +63,8 @@ class RunLog(TrainerCallback):
         kept = [text for text in texts if _step(text) <= state.global_step]
         if kept:
             self.seconds = json.loads(kept[-1])["seconds"]
-        write_text(self.path, b"".join(kept).decode())
+        if self._writes:
+            write_text(self.path, b"".join(kept).decode())
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started = time.perf_counter()
@@ -76,6 +79,8 @@ class RunLog(TrainerCallback):
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one line; a number that JSON cannot hold becomes null."""
+        if not self._writes:
+            return
         facts = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
@@ -142,7 +147,7 @@ class StepLog(TrainerCallback):
 class Clock(TrainerCallback):
     """Ends training once `log` has counted `limit` seconds of it, and evaluates every `interval` seconds and then.
 
-    None for no end, or no evaluation on the way. It has to be called after `log`.
+    None for no end, or no evaluation on the way. It has to be called after `log`. Processes go by their mean.
     """
 
     def __init__(self, log: RunLog, limit: float | None, interval: float | None) -> None:
@@ -151,8 +156,10 @@ class Clock(TrainerCallback):
         self._passed = 0  # intervals
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        passed = int(self._log.seconds / self._interval)
-        ended = self._log.seconds >= self._limit
+        ranks = Ranks()
+        seconds = float(ranks.sum(torch.tensor(self._log.seconds))) / ranks.count
+        passed = int(seconds / self._interval)
+        ended = seconds >= self._limit
         if passed > self._passed or ended:
             control.should_evaluate = True
         if ended:

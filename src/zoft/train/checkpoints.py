@@ -7,15 +7,15 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from transformers.trainer_utils import get_last_checkpoint
 
 from zoft.errors import UserError
-from zoft.train.files import read_json, write_json
+from zoft.train.files import locked, read_json, write_json
 from zoft.train.identity import require_same
 
 LOCK, SAVING, REMOVED = ".lock", ".saving", ".removed"
@@ -33,21 +33,22 @@ def alone(out: Path) -> Iterator[None]:
     """
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK)  # the system lets go of it when the process dies, however it does
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{out}: another process is at this run; wait until it ends, or choose another --out") from None
-    try:
+    with ExitStack() as stack:
+        if made:
+            stack.callback(_remove_empty, out)
+        try:
+            stack.enter_context(locked(out / LOCK))
+        except Timeout:
+            remedy = "wait until it ends, or choose another --out"
+            raise UserError(f"{out}: another process is at this run; {remedy}") from None
         for left in (SAVING, REMOVED):  # by a process that was killed
             shutil.rmtree(out / left, ignore_errors=True)
         yield
-    finally:
-        if os.name != "nt":  # where a file in use cannot be deleted
-            (out / LOCK).unlink(missing_ok=True)
-        lock.release()
-        if made and not [path for path in out.iterdir() if path.name != LOCK]:
-            shutil.rmtree(out)
+
+
+def _remove_empty(out: Path) -> None:
+    if not [path for path in out.iterdir() if path.name != LOCK]:
+        shutil.rmtree(out)
 
 
 @contextmanager

@@ -7,9 +7,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from zoft.errors import UserError
 
@@ -35,6 +38,23 @@ def free_folder(path: Path) -> Path:
     """`path`, or the first of ``path-2``, ``path-3``, ... that is not there yet."""
     candidates = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
     return next(candidate for candidate in candidates if not candidate.exists())
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`. The system lets go of it when the process dies, however it does.
+
+    Raises:
+        Timeout: another process holds it.
+    """
+    lock = FileLock(path)
+    lock.acquire(timeout=0)
+    try:
+        yield
+    finally:
+        if os.name != "nt":  # where a file in use cannot be deleted
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

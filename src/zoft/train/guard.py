@@ -8,6 +8,7 @@ import torch
 
 from zoft.train.callbacks import StepLog
 from zoft.train.checkpoints import whole_folder
+from zoft.train.processes import wait
 from zoft.train.trainer import OPTIMIZER_STATE, ZOTrainer
 
 INITIAL = "initial"  # folder beside the checkpoints
@@ -30,10 +31,12 @@ class Guard:
         """Keep the initial state on the disk."""
         trainer = self._trainer
         assert trainer.optimizer is not None
-        with whole_folder(self._folder / INITIAL) as folder:
-            if not trainer._saves_adapter:
-                trainer.save_model(str(folder))
-            torch.save(trainer.optimizer.state_dict(), folder / OPTIMIZER_STATE)
+        if trainer.args.should_save:
+            with whole_folder(self._folder / INITIAL) as folder:
+                if not trainer._saves_adapter:
+                    trainer.save_model(str(folder))
+                torch.save(trainer.optimizer.state_dict(), folder / OPTIMIZER_STATE)
+        wait()
 
     def back_off(self, step: int) -> str:
         """Go back to a state of before `step`, cut the learning rate, and say both in words."""

@@ -29,8 +29,9 @@ def identity(config: TrainConfig, model: str, rows: Sequence[Row]) -> dict[str, 
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """Those of `SETTINGS`, as JSON has them."""
+    """Those of `SETTINGS`, as JSON has them; not how processes share a step, which is the same step."""
     found = {name: value for name, value in asdict(config).items() if name in SETTINGS}
+    found["method_options"].pop("parallel", None)
     return json.loads(json.dumps(found))  # tuples are lists
 
 

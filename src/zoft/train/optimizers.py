@@ -26,12 +26,13 @@ FIRST_ORDER: dict[str, dict[str, Any]] = {
 PATTERNS = ("include", "exclude", "linear")
 # What every zeroth-order method takes, and of which type it is.
 COMMON: dict[str, Any] = dict.fromkeys(PATTERNS, ())
-COMMON |= {"clip": None, "normalise": False, "probe_batching": False, "fold_every": 1}
+COMMON |= {"clip": None, "normalise": False, "probe_batching": False, "fold_every": 1, "parallel": "data"}
 COMMON_HINTS = dict.fromkeys(PATTERNS, Sequence[str]) | {
     "clip": float | None,
     "normalise": bool,
     "probe_batching": bool | Literal["auto"],
     "fold_every": int,
+    "parallel": int | Literal["data", "probes"],
 }
 AUTO = "auto"  # which of them it is follows from the model (zoft.train.auto)
 

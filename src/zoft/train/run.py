@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from peft import PeftModel
 from rich.console import Console
-from transformers.trainer_utils import set_seed
 
 from zoft import __version__
-from zoft.data import Encoder, Row, Task, TaskDataset, hold_out, load_rows, sample
+from zoft.data import Task, TaskDataset
 from zoft.errors import UserError
-from zoft.optim import EstimateWarning, NoStream, ZeroOrder
-from zoft.optim.landscape import Closure
+from zoft.optim import EstimateWarning, NoStream
 from zoft.report import write_report
-from zoft.train.adapter import Factors, start_from, take_apart
-from zoft.train.arguments import training_arguments
-from zoft.train.auto import BATCHES, settle
-from zoft.train.batches import task_batches, task_closures
-from zoft.train.callbacks import Clock, LiveProgress, RunLog, StepLog
-from zoft.train.checkpoints import alone, last_checkpoint, remove, whole_folder
-from zoft.train.config import COEFFICIENTS, TrainConfig
+from zoft.train.assemble import Run, assemble
+from zoft.train.checkpoints import remove, whole_folder
+from zoft.train.config import TrainConfig
 from zoft.train.files import read_json, write_json
 from zoft.train.guard import INITIAL
-from zoft.train.identity import identity, model_digest
 from zoft.train.memory import peak_memory_bytes
-from zoft.train.models import load_model, room
-from zoft.train.optimizers import AUTO, build
-from zoft.train.stop import Stop
+from zoft.train.models import find_device
+from zoft.train.processes import agreed, held, join, wait
 from zoft.train.task_trainer import TaskTrainer
-from zoft.train.watch import Watch
 
 EXAMPLES_SHOWN = 6
-FIRST_ORDER_STEP = 3  # forwards that a forward and a backward cost
 
 
 def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dict[str, Any]:
@@ -52,181 +39,120 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     Raises:
         UserError: anything the user can mend.
     """
-    with alone(Path(config.out)):
-        return _train(config, console, resume)
+    first = join(find_device(config.device))
+    console.quiet = console.quiet or not first
+    config = replace(config, out=agreed(config.out))  # each may have found another free folder
+    with held(Path(config.out)):
+        run = assemble(config, console, resume, first)
+        initial = _begin(run, console)
+        _fit(run)
+        return _end(run, console, initial)
 
 
-def _train(config: TrainConfig, console: Console, resume: bool) -> dict[str, Any]:
-    task, out = config.load_task(), Path(config.out)
-    config.check_objective(task)
-    if not resume and (out / "config.yaml").exists():
-        raise UserError(f"{out} holds a run already: choose another --out, or continue it with --resume {out}")
-    training_rows = load_rows(task, config.data, "train")
-    rows = split(config, task, training_rows)
-    console.print(f"loading {config.model}")
-    model: Any
-    model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device, trainable=True)
-    digest = model_digest(model)
-    adapter: Factors = {}
-    if config.method in (AUTO, *COEFFICIENTS) and isinstance(model, PeftModel):
-        model, adapter = take_apart(model)
-    encoder = Encoder(tokenizer, task, room(model, task, config.max_length))
-    data = {split: TaskDataset(some, encoder) for split, some in rows.items()}
-    set_seed(config.seed)
-
-    def look() -> Sequence[Closure]:
-        some = rows["train"][: BATCHES * config.batch_size]
-        return task_closures(model, task_batches(model, tokenizer, task, some, config.batch_size))
-
-    config, measured = settle(config, model, look)
-    if measured is not None and measured.lr is None:
-        console.print("the loss does not curve upwards here, so lr cannot be measured: the method's own is taken")
-    model, optimizer = build(config, model)
-    if isinstance(optimizer, ZeroOrder) and adapter:
-        start_from(optimizer, adapter)
-    run = identity(config, digest, training_rows)
-    checkpoint = last_checkpoint(out, run) if resume else None
-    args = training_arguments(config, task, str(out))
-    leaves_adapter = isinstance(model, PeftModel) or (isinstance(optimizer, ZeroOrder) and optimizer.keeps_coefficients)
-    if not leaves_adapter:
-        _require_space(config, model, out)
-
-    def forwards(step: int) -> int:
-        zero_order = trainer.zero_order
-        return zero_order.counters.forwards if zero_order else step * config.accumulate * FIRST_ORDER_STEP
-
-    log = RunLog(out / "metrics.jsonl", forwards)
-    progress, stop = LiveProgress(console, task.metric, log), Stop(console)
-    steps_log = StepLog(out, optimizer, run) if isinstance(optimizer, ZeroOrder) else None
-    trainer = TaskTrainer(
-        model,
-        tokenizer,
-        task,
-        args,
-        run,
-        config.save_steps,
-        config.objective,
-        train_dataset=data["train"],
-        eval_dataset=data["dev"],
-        optimizers=(optimizer, None),
-        callbacks=[log, progress, Clock(log, config.seconds, config.eval_seconds), stop],
-    )
-    if steps_log is not None:
-        trainer.add_callback(steps_log)
-    trainer.add_callback(Watch(trainer, console, log, config.guard, steps_log))
-
-    def validate() -> dict[str, Any]:
-        found = trainer.evaluate(data["validation"], metric_key_prefix="validation")
-        metrics = {name: found[f"validation_{name}"] for name in (task.metric, *task.also)}
-        return {"metrics": metrics, "texts": _texts(trainer, data["validation"])}
-
-    if measured is not None:
-        write_json(out / "diagnosis.json", asdict(measured))
-    config.save(out / "config.yaml")  # from here on there is a run to resume
-    if checkpoint is None:
-        log.path.unlink(missing_ok=True)
-        before = validate() | {"dev": trainer.evaluate()[f"eval_{task.metric}"]}
-        write_json(out / "initial.json", before)
-    initial = read_json(out / "initial.json")
+def _begin(run: Run, console: Console) -> dict[str, Any]:
+    """Make the folder that of a run, and return what the model was worth before training."""
+    config, task = run.config, run.task
+    if run.first:
+        if run.measured is not None:
+            write_json(run.out / "diagnosis.json", asdict(run.measured))
+        config.save(run.out / "config.yaml")  # from here on there is a run to resume
+        if run.checkpoint is None:
+            run.log.path.unlink(missing_ok=True)
+    if run.checkpoint is None:
+        before = _validate(run) | {"dev": run.trainer.evaluate()[f"eval_{task.metric}"]}
+        if run.first:
+            write_json(run.out / "initial.json", before)
+        wait()
+    initial = read_json(run.out / "initial.json")
     console.print(f"{task.title}: {task.metric} {initial['metrics'][task.metric]:.3f} before training")
     console.print(
         f"method {config.method}, lr {config.lr} ({config.schedule})", f", eps {config.eps}" * bool(config.eps), sep=""
     )
+    return initial
 
+
+def _fit(run: Run) -> None:
     try:
-        with warnings.catch_warnings(), stop.heeded():
+        with warnings.catch_warnings(), run.stop.heeded():
             warnings.simplefilter("ignore", EstimateWarning)  # `Watch` says it, once it matters
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     except NoStream as error:
-        raise UserError(f"method {config.method}: {error}; agzo and zo-act need none") from error
+        raise UserError(f"method {run.config.method}: {error}; agzo and zo-act need none") from error
     except UnpicklingError as error:  # only tensors and plain values are read
-        raise UserError(f"{checkpoint} cannot be read: a file in it is damaged, or holds code") from error
+        raise UserError(f"{run.checkpoint} cannot be read: a file in it is damaged, or holds code") from error
     finally:
-        progress.stop()
+        run.progress.stop()
 
+
+def _end(run: Run, console: Console, initial: dict[str, Any]) -> dict[str, Any]:
+    """Leave the best model and what the run came to in its folder."""
+    trainer, out, state = run.trainer, run.out, run.trainer.state
     # Before the best checkpoint brings back the counters of its own moment.
-    steps, counters = trainer.state.global_step, trainer.zero_order and trainer.zero_order.counters
-    spent = forwards(steps)
-    final = best = validate()
-    best_folder = out / f"checkpoint-{trainer.state.best_global_step}"
-    if trainer.state.best_global_step != trainer.state.global_step and best_folder.is_dir():
-        trainer.state.best_model_checkpoint = str(best_folder)
+    steps, counters = state.global_step, trainer.zero_order and trainer.zero_order.counters
+    summary = _facts(run, steps) | {
+        "skipped": counters.skipped if counters else 0,
+        "zero": counters.zero if counters else 0,
+    }
+    final = best = _validate(run)
+    best_folder = out / f"checkpoint-{state.best_global_step}"
+    if state.best_global_step != steps and best_folder.is_dir():
+        state.best_model_checkpoint = str(best_folder)
         trainer._load_best_model()
-        best = validate()
-    with whole_folder(out / ("adapter" if leaves_adapter else "model")) as aside:
-        trainer.save_model(str(aside))
-        (aside / "training_args.bin").unlink(missing_ok=True)
-    start, found = initial.get("dev"), trainer.state.best_metric  # no start in a run that an earlier version began
+        best = _validate(run)
+    start, found = initial.get("dev"), state.best_metric  # no start in a run that an earlier version began
     if start is not None and (found is None or found <= start):
         console.print(f"on the held-out rows nothing was better than before training ({start:.3f})")
-    summary = {
-        "task": task.name,
+    metric = run.task.metric
+    summary |= {
+        "initial": initial["metrics"][metric],
+        "final": final["metrics"][metric],
+        "best": best["metrics"][metric],
+        "metrics": {name: [initial["metrics"][name], best["metrics"][name]] for name in initial["metrics"]},
+        "best_step": state.best_global_step,
+        "initial_dev": start,
+        "best_dev": state.best_metric,
+        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
+    }
+    if run.first:
+        with whole_folder(out / ("adapter" if run.leaves_adapter else "model")) as aside:
+            trainer.save_model(str(aside))
+            (aside / "training_args.bin").unlink(missing_ok=True)
+        write_json(out / "summary.json", summary)
+        examples = _examples(run.task, run.data["validation"], initial["texts"], best["texts"])
+        write_json(out / "examples.json", examples)
+        write_report(out)
+        if run.config.save_steps is None:
+            for folder in (*out.glob("checkpoint-*"), *out.glob(INITIAL)):
+                remove(folder)
+    return summary
+
+
+def _facts(run: Run, steps: int) -> dict[str, Any]:
+    """What a summary says of the run itself."""
+    config, diagnosis = run.config, run.out / "diagnosis.json"
+    return {
+        "task": run.task.name,
         "model": config.model,
         "method": config.method,
         "seed": config.seed,
         "steps": steps,
-        "forwards": spent,
-        "forwards_before": read_json(out / "diagnosis.json")["forwards"] if (out / "diagnosis.json").is_file() else 0,
+        "forwards": run.log.forwards(steps),
+        "forwards_before": read_json(diagnosis)["forwards"] if diagnosis.is_file() else 0,
         "examples_seen": steps * config.batch_size * config.accumulate,
-        "metric": task.metric,
-        "initial": initial["metrics"][task.metric],
-        "final": final["metrics"][task.metric],
-        "best": best["metrics"][task.metric],
-        "metrics": {name: [initial["metrics"][name], best["metrics"][name]] for name in initial["metrics"]},
-        "best_step": trainer.state.best_global_step,
-        "initial_dev": start,
-        "best_dev": trainer.state.best_metric,
-        "seconds": round(log.seconds, 3),
-        "seconds_per_step": round(log.seconds / steps, 4),
-        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
-        "skipped": counters.skipped if counters else 0,
-        "zero": counters.zero if counters else 0,
-        "examples": {split: len(dataset) for split, dataset in data.items()},
-        "truncated": {split: dataset.truncated for split, dataset in data.items()},
+        "metric": run.task.metric,
+        "seconds": round(run.log.seconds, 3),
+        "seconds_per_step": round(run.log.seconds / steps, 4),
+        "examples": {split: len(dataset) for split, dataset in run.data.items()},
+        "truncated": {split: dataset.truncated for split, dataset in run.data.items()},
         "zoft_version": __version__,
     }
-    write_json(out / "summary.json", summary)
-    write_json(out / "examples.json", _examples(task, data["validation"], initial["texts"], best["texts"]))
-    write_report(out)
-    if config.save_steps is None:
-        for folder in (*out.glob("checkpoint-*"), *out.glob(INITIAL)):
-            remove(folder)
-    return summary
 
 
-def split(config: TrainConfig, task: Task, rows: list[Row]) -> dict[str, list[Row]]:
-    """Of the training `rows` ``train`` and ``dev`` (held out of them, at most a fifth), and ``validation``.
-
-    Of the training rows as many are drawn as the run can see; every draw depends on the seed alone.
-
-    Raises:
-        UserError: the data cannot be read, or there are too few rows.
-    """
-    rest, dev = hold_out(rows, min(config.dev_examples, max(1, len(rows) // 5)), config.seed)
-    seen = config.steps * config.batch_size * config.accumulate
-    train = sample(rest, config.train_examples or seen, config.seed)
-    if len(train) < config.batch_size:
-        raise UserError(
-            f"a batch of {config.batch_size} is more than the {len(train)} training rows; "
-            "lower --batch-size or bring more data"
-        )
-    validation = load_rows(task, config.data, "validation")
-    return {
-        "train": train,
-        "dev": dev,
-        "validation": sample(validation, config.eval_examples or len(validation), 0),
-    }
-
-
-def _require_space(config: TrainConfig, model: Any, out: Path) -> None:
-    """Raises UserError if the checkpoints and the result will not fit on the disk."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    # The best, the next best while it is written, the result; the last; the initial one.
-    needed = size * (3 + (config.save_steps is not None) + config.guard)
-    folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"{out}: the run needs about {needed / 2**30:.1f} GiB of disk; {free / 2**30:.1f} GiB are free")
+def _validate(run: Run) -> dict[str, Any]:
+    """The metrics on the validation rows, and what was predicted for the first of them."""
+    found = run.trainer.evaluate(run.data["validation"], metric_key_prefix="validation")
+    metrics = {name: found[f"validation_{name}"] for name in (run.task.metric, *run.task.also)}
+    return {"metrics": metrics, "texts": _texts(run.trainer, run.data["validation"])}
 
 
 def _texts(trainer: TaskTrainer, dataset: TaskDataset) -> list[str]:

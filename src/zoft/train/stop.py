@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from zoft.optim.ranks import Ranks
+
+ECHO = 0.5  # seconds: torchrun passes a Ctrl-C on to processes that have heard it already
 
 
 class Stopped(KeyboardInterrupt):
@@ -26,6 +32,7 @@ class Stop(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._signal: int | None = None
+        self._first = math.inf  # when it came
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
@@ -39,15 +46,22 @@ class Stop(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self._signal is not None:
-            raise Stopped(self._signal)
+        if self._heard():
+            raise Stopped(self._signal or signal.SIGTERM)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._signal is not None:
+        if self._heard():
             control.should_save = control.should_training_stop = True
 
+    def _heard(self) -> bool:
+        """Whether any process of the run has."""
+        return Ranks().any(self._signal is not None)
+
     def _hear(self, number: int, _: Any) -> None:
-        if self._signal is not None:
+        now = time.monotonic()
+        if now - self._first > (ECHO if Ranks().count > 1 else 0):
             raise KeyboardInterrupt
-        self._signal = number
+        if self._signal is not None:
+            return
+        self._signal, self._first = number, now
         self._console.print("stopping after this step, with a checkpoint; once more to stop at once")

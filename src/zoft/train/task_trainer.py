@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -26,6 +28,7 @@ from zoft.data import Collator, Task, choose, examples, losses, read_candidates,
 from zoft.optim import Loss
 from zoft.train.checkpoints import remove, seal, whole_folder
 from zoft.train.config import LOSS
+from zoft.train.processes import wait
 from zoft.train.trainer import ZOTrainer
 
 
@@ -94,16 +97,34 @@ class TaskTrainer(ZOTrainer):
         dataset: Any = train_dataset or self.train_dataset
         return EpochSampler(self, dataset.lengths)
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Every process draws the same batches, and takes its part of each."""
+        optimizer, collate = self.zero_order, self.data_collator
+        if optimizer is None:
+            return super().get_train_dataloader()
+        with self._collating(lambda items: collate(optimizer.ranks.share(items))):
+            loader = super().get_train_dataloader()
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard):  # accelerate's, among several processes
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+        return loader
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """Longest first: no padding to speak of, and a batch too large for the memory shows at once."""
         return sorted(range(len(eval_dataset)), key=lambda index: -eval_dataset.lengths[index])
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        training, self.data_collator = self.data_collator, self._predict
-        try:
+        with self._collating(self._predict):
             return super().get_eval_dataloader(eval_dataset)
+
+    @contextmanager
+    def _collating(self, collate: Callable[[list[Any]], dict[str, Tensor]]) -> Iterator[None]:
+        """Have loaders that are made meanwhile make their batches so."""
+        usual, self.data_collator = self.data_collator, collate
+        try:
+            yield
         finally:
-            self.data_collator = training
+            self.data_collator = usual
 
     # --- loss and predictions --------------------------------------------------------------------------------
 
@@ -124,20 +145,24 @@ class TaskTrainer(ZOTrainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The mean loss (none for generation), predicted candidates [B] or tokens [B, new], and row numbers [B]."""
+    ) -> tuple[None, Any, Tensor]:
+        """No mean loss (`evaluate` takes that of all examples), what `_guess` finds, and row numbers [B]."""
         inputs = self._prepare_inputs(inputs)
+        return None, self._guess(model, inputs), inputs["index"]
+
+    def _guess(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Predicted candidates [B] and the losses [B]; or predicted tokens [B, new]."""
         with torch.no_grad(), self.compute_loss_context_manager():
             if self.task.kind == "generation":
-                return None, self._generate(inputs), inputs["index"]
+                return (self._generate(inputs),)
             logits, batch = read_candidates(model, inputs)
-            return losses(logits, batch).mean(), choose(logits, batch), inputs["index"]
+            return choose(logits, batch), losses(logits, batch)
 
     def _shortfall(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """One minus the objective, of each example [B]."""
         dataset: Any = self.train_dataset
-        _, found, index = self.prediction_step(model, inputs, prediction_loss_only=False)
-        rows, guesses = [dataset.rows[i] for i in index.tolist()], self._decode(found.cpu().numpy())
+        guesses = self._decode(self._guess(model, inputs)[0].cpu().numpy())
+        rows = [dataset.rows[i] for i in inputs["index"].tolist()]
         return 1 - torch.tensor(score_each(self.task, self.objective, guesses, rows), dtype=torch.float64)
 
     def _generate(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -169,9 +194,11 @@ class TaskTrainer(ZOTrainer):
         dataset: Any = eval_dataset or self.eval_dataset
 
         def compute_metrics(found: EvalPrediction) -> dict[str, float]:
-            predictions, index = self._decode(found.predictions), np.asarray(found.label_ids).tolist()
+            guesses, *loss = found.predictions
+            predictions, index = self._decode(guesses), np.asarray(found.label_ids).tolist()
             self.predictions = dict(zip(index, predictions, strict=True))
-            return score(self.task, predictions, [dataset.rows[i] for i in index])
+            metrics = score(self.task, predictions, [dataset.rows[i] for i in index])
+            return metrics | {"loss": float(loss[0].mean(dtype=np.float64))} if loss else metrics
 
         self.compute_metrics = compute_metrics
         return super().evaluate(dataset, ignore_keys, metric_key_prefix)
@@ -199,6 +226,17 @@ class TaskTrainer(ZOTrainer):
         return super()._get_output_dir(trial) if self._place is None else str(self._place)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            self._write_checkpoint(model, trial)
+        else:
+            super()._save_checkpoint(model, trial)  # which waits for the first process, and writes nothing
+        wait()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.args.should_save:  # what is random has a seed: one is enough
+            super()._save_rng_state(output_dir)
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
         out, state = Path(str(self.args.output_dir)), self.state
         target = out / f"checkpoint-{state.global_step}"
         try:

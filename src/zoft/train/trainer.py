@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from zoft.optim import ZeroOrder
@@ -46,7 +48,7 @@ class ZOTrainer(Trainer):
         finally:
             setattr(model, ADAPTED, marked)
         if isinstance(optimizer, ZeroOrder):
-            if optimizer.ranks.share_data and self.args.world_size == 1:
+            if optimizer.ranks.count > self.args.world_size:
                 raise ValueError("every process would take the whole batch: set use_cpu=True in the TrainingArguments")
             if self.args.fsdp:
                 raise ValueError(
@@ -55,6 +57,20 @@ class ZOTrainer(Trainer):
                 )
             # No gradient is ever reduced: DistributedDataParallel would only take memory for it.
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The batches; dealt out to the processes that share the data, the same for those that share probes.
+
+        Raises:
+            ValueError: probes are to be shared, and the data cannot be dealt out so, since they have no length.
+        """
+        loader, optimizer = super().get_train_dataloader(), self.zero_order
+        if optimizer is not None and optimizer.ranks.groups > 1:
+            shard = loader.batch_sampler
+            if not isinstance(shard, BatchSamplerShard):
+                raise ValueError("processes that share probes need training data with a length")
+            shard.num_processes, shard.process_index = optimizer.ranks.parts, optimizer.ranks.part
+        return loader
 
     @property
     def zero_order(self) -> ZeroOrder | None:
@@ -97,6 +113,8 @@ class ZOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self._saves_adapter:
             return super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         assert self.zero_order is not None
         folder = Path(str(output_dir or self.args.output_dir))
         save_adapter(self.zero_order, folder)

@@ -1,0 +1,150 @@
+"""``zoft train`` as several processes: one run, whose result is that of one process; one that dies stops the others."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train.tiny import reviews
+
+from .conftest import Outcome, write_rows
+
+FEW = ("--task", "sst2", "--steps", 6, "--eval-steps", 2, "--save-steps", 2, "--batch-size", 7)
+FEW += ("--dtype", "float32", "--device", "cpu", "--lr", "1e-2")
+SIGNALLED = """
+import logging, os, signal, sys
+logging.disable(logging.ERROR)  # of libraries that are imported here sooner than zoft would
+from zoft.cli import main
+from zoft.train.task_trainer import TaskTrainer
+number, rank, step = map(int, sys.argv.pop().split(","))
+before = TaskTrainer.training_step
+def training_step(self, *args, **options):
+    if (self.args.process_index, self.state.global_step) == (rank, step):
+        os.kill(os.getpid(), number)
+    return before(self, *args, **options)
+TaskTrainer.training_step = training_step
+main()
+"""
+
+
+def together(count: int, *args: object, sent: str | None = None) -> list[Outcome]:
+    """``zoft train`` in `count` processes; with `sent`, "signal,rank,step", a process sends itself a signal there.
+
+    {rank} in an argument becomes a process's number.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    command = [sys.executable, *(["-m", "zoft"] if sent is None else ["-c", SIGNALLED]), "train", *map(str, args)]
+    processes = [
+        subprocess.Popen(
+            [part.replace("{rank}", str(rank)) for part in (*command, *([] if sent is None else [sent]))],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    return [Outcome(p.returncode, out, err) for p in processes for out, err in [p.communicate(timeout=120)]]
+
+
+@pytest.fixture
+def arguments(model: Path, data: Path) -> tuple[object, ...]:
+    return (model, "--data", data, *FEW)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    unlike = ("seconds", "loss")  # which is the mean since the run was resumed
+    return [{name: value for name, value in line.items() if name not in unlike} for line in found]
+
+
+def assert_near(one: Path, other: Path) -> None:
+    """The same run, but for rounding."""
+    for mine, theirs in zip(lines(one), lines(other), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    (mine, theirs) = (load_file(next(folder.glob("*/*model.safetensors"))) for folder in (one, other))
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [("guided",), ("agzo",), ("lozo", "-o", "probes=2", "-o", "parallel=probes")])
+def test_they_are_one_run(
+    method: tuple[str, ...], arguments: tuple[object, ...], zoft: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
+    first, second = together(2, *arguments, "--method", *method, "--out", two, "--json")
+    assert second.code == 0, second.err
+    assert (second.out, first.json()["steps"]) == ("", 6)
+    assert zoft("train", *arguments, "--method", *method, "--out", one).code == 0
+    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+    if method[0] == "lozo":  # which has the centre on both, and half of the points: other counts of forwards
+        assert lines(two)[-1]["forwards"] < lines(one)[-1]["forwards"]
+        again = tmp_path / "again"
+        assert zoft("replay", two, "--to-step", first.json()["best_step"], "--out", again).code == 0
+        files = ((folder / "model.safetensors").read_bytes() for folder in (again, two / "model"))
+        assert len(set(files)) == 1
+    else:
+        assert_near(two, one)
+
+
+def test_one_that_dies_stops_the_others(
+    arguments: tuple[object, ...], zoft: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    arguments = (*arguments, "--method", "agzo")
+    first, second = together(2, *arguments, "--out", out, sent=f"{signal.SIGKILL:d},1,3")
+    assert second.code == -signal.SIGKILL
+    assert first.code == 2 and first.err.count("\n") == 1 and "another process of this run has ended" in first.err
+    assert f"zoft train --resume {out}" in first.err
+    assert zoft("train", "--resume", out).code == 0
+    assert zoft("train", *arguments, "--out", whole).code == 0
+    assert_near(out, whole)
+
+
+def test_a_signal_to_one_stops_all(arguments: tuple[object, ...], zoft: Callable[..., Outcome], tmp_path: Path) -> None:
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    arguments = (*arguments, "--method", "agzo")
+    stopped = together(2, *arguments, "--out", out, sent=f"{signal.SIGTERM:d},1,2")
+    assert [one.code for one in stopped] == [128 + signal.SIGTERM] * 2
+    assert f"zoft train --resume {out}" in stopped[0].err and stopped[1].err == ""
+    assert (out / "checkpoint-3" / "seal.json").is_file()
+    assert all(one.code == 0 for one in together(3, "--resume", out))
+    assert zoft("train", *arguments, "--out", whole).code == 0
+    assert_near(out, whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--method", "fo-adamw"), "runs in one process"),
+        (("--method", "mezo", "-o", "parallel=3"), "2 processes cannot form 3 groups of one size"),
+        (("--method", "agzo", "-o", "per_example=true"), "per-example probes are for one process"),
+    ],
+)
+def test_what_cannot_be(flags: tuple[str, ...], said: str, arguments: tuple[object, ...], tmp_path: Path) -> None:
+    for refused in together(2, *arguments, *flags, "--out", tmp_path / "run"):
+        assert refused.code == 2 and said in refused.err and refused.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_unlike_data(model: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        write_rows(tmp_path / str(rank) / "train.jsonl", reviews(30 + rank))
+        write_rows(tmp_path / str(rank) / "validation.jsonl", reviews(9))
+    for refused in together(2, model, *FEW, "--data", tmp_path / "{rank}", "--out", tmp_path / "run"):
+        assert refused.code == 2 and "the processes of this run differ in rows" in refused.err
+    assert not (tmp_path / "run").exists()
