@@ -44,6 +44,7 @@ CASES: dict[str, tuple[Build, Make]] = {
     "AGZO bfloat16": (half, AGZO),
     "AGZO bfloat16, folded": (half, partial(AGZO, fold_every=2)),
     "AGZO bfloat16, transposed": (partial(half, gpt2), AGZO),
+    "AGZO bfloat16, HSDP": (half, AGZO),
     "AIM-ZO": (llama, partial(AIMZO, rank=8, active=3, shared=1)),
     "LOZO bfloat16": (partial(half, tied_llama), LOZO),
     "LOZO-M of matrices": (llama, partial(LOZO, momentum=0.9, others="frozen")),
@@ -52,10 +53,10 @@ CASES: dict[str, tuple[Build, Make]] = {
 }
 
 
-def shard(model: Any) -> Any:
+def shard(model: Any, **where: Any) -> Any:
     for block in model.model.layers if hasattr(model, "model") else model.transformer.h:
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, **where)
+    return fully_shard(model, **where)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -128,7 +129,8 @@ def process(rank: int, folder: str) -> None:
     own, tensors, facts = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS), {}, {}
     for name, (build, make) in CASES.items():
         part = slice(None) if "shared" in name else own
-        tensors[name], facts[name], optimizer = train(shard(build()), make, part)
+        mesh = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("copies", "shards")) if "HSDP" in name else None
+        tensors[name], facts[name], optimizer = train(shard(build(), mesh=mesh), make, part)
         if name == "ZO-Act":
             torch.save(optimizer.state_dict(), f"{folder}/state{rank}.pt")
     name, model = "by transformers", by_transformers(folder, fsdp_size=RANKS)
