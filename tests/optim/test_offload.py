@@ -214,6 +214,9 @@ def test_offloaded_modules_are_where_they_compute() -> None:
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert device_of(model) == CPU
     assert devices_of(nn.Sequential(model, two_devices())) == {CPU, torch.device("meta")}
+    elsewhere = cpu_offload(nn.Sequential(nn.Linear(2, 2)), execution_device=CPU)
+    elsewhere[0]._hf_hook.execution_device = "cuda:1"
+    assert device_of(elsewhere) == torch.device("cuda:1")
 
 
 def test_every_forward_has_the_random_state_of_each_device(monkeypatch: pytest.MonkeyPatch) -> None:

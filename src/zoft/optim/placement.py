@@ -86,14 +86,16 @@ def _sharded_dim(tensor: Any) -> int | None:
 def _devices(module: nn.Module) -> Iterator[torch.device]:
     """Of each parameter and buffer, where the module that owns it computes."""
     for owner in module.modules():
-        hook = getattr(owner, "_hf_hook", None)  # accelerate's
-        target = getattr(hook, "execution_device", None)
-        for tensor in (*owner.parameters(recurse=False), *owner.buffers(recurse=False)):
-            if tensor.is_meta and target is not None:
-                yield torch.device(target)
+        for tensor in (*owner._parameters.values(), *owner._buffers.values()):
+            if tensor is None:
+                continue
+            device = tensor.device
+            if device.type == "meta":
+                hook = getattr(owner, "_hf_hook", None)  # accelerate's
+                target = getattr(hook, "execution_device", None)
+                device = device if target is None else torch.device(target)
             elif is_sharded(tensor):
                 sharded: Any = tensor
                 kind = sharded.device_mesh.device_type  # not where the shard lies, if those wait in memory
-                yield tensor.device if tensor.device.type == kind else torch.device(kind)
-            else:
-                yield tensor.device
+                device = device if device.type == kind else torch.device(kind)
+            yield device
