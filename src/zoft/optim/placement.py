@@ -90,12 +90,12 @@ def _devices(module: nn.Module) -> Iterator[torch.device]:
             if tensor is None:
                 continue
             device = tensor.device
-            if device.type == "meta":
-                hook = getattr(owner, "_hf_hook", None)  # accelerate's
-                target = getattr(hook, "execution_device", None)
-                device = device if target is None else torch.device(target)
-            elif is_sharded(tensor):
+            if is_sharded(tensor):
                 sharded: Any = tensor
                 kind = sharded.device_mesh.device_type  # not where the shard lies, if those wait in memory
                 device = device if device.type == kind else torch.device(kind)
+            elif device.type == "meta":
+                hook = getattr(owner, "_hf_hook", None)  # accelerate's
+                target = getattr(hook, "execution_device", None)
+                device = device if target is None else torch.device(target)
             yield device
