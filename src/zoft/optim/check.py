@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from zoft.optim.estimator import Estimator, Probes
 from zoft.optim.layers import LinearMap
-from zoft.optim.placement import is_sharded
+from zoft.optim.placement import is_hooked, is_sharded
 from zoft.optim.ranks import Ranks
 from zoft.optim.subspace import Activation, Full, Subspace
 from zoft.optim.update import Update
@@ -35,18 +35,20 @@ def axes(subspace: Subspace, update: Update, others: str) -> None:
             raise ValueError("coefficients leave every other parameter frozen: others must be 'frozen'")
 
 
-def writable(maps: Sequence[LinearMap], dense: Mapping[str, Tensor], update: Update) -> None:
+def writable(model: nn.Module, maps: Sequence[LinearMap], dense: dict[str, nn.Parameter], update: Update) -> None:
     """Raises ValueError if a weight cannot be written."""
-    weights = {layer.name: getattr(layer.module, "weight", layer.fused) for layer in maps if layer.weight is None}
-    weights |= {name: parameter for name, parameter in dense.items() if parameter.is_meta}
-    if weights:
-        name, first = next(iter(weights.items()))
-        offloaded = isinstance(first, Tensor) and first.is_meta
-        kind = "an offloaded" if offloaded else "a sharded" if is_sharded(first) else "a quantized"
-        raise ValueError(
-            f"{name!r} (and {len(weights) - 1} more) has {kind} weight, which cannot be written: train coefficients "
-            "instead (ZOAct), or exclude it"
-        )
+    weights: list[tuple[str, Tensor | None]] = [*((layer.name, layer.weight) for layer in maps), *dense.items()]
+    away = [name for name, weight in weights if weight is not None and weight.is_meta]
+    for kind, names in (
+        ("an offloaded", away if is_hooked(model) else []),
+        ("a sharded", [layer.name for layer in maps if is_sharded(layer.fused)]),
+        ("a quantized", [layer.name for layer in maps if layer.weight is None]),
+    ):
+        if names:
+            raise ValueError(
+                f"{names[0]!r} (and {len(names) - 1} more) has {kind} weight, which cannot be written: train "
+                "coefficients instead (ZOAct), or exclude it"
+            )
     sharded = [name for name, parameter in dense.items() if is_sharded(parameter)]
     if sharded and not update.stateless:
         raise ValueError(

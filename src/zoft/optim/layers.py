@@ -26,8 +26,8 @@ class LinearMap:
     """One linear map ``y = x W^T`` of the model, wherever and however often it is applied.
 
     `modules` apply it to activations; `lookups` are embeddings that share its weight (or are the map
-    themselves) and read its rows. `weight` is None where it cannot be written to, because it is no plain floating-point
-    tensor (a quantized layer) or lies elsewhere (an offloaded one): such a map can carry a side branch all the same.
+    themselves) and read its rows. `weight` is None where it is not a plain floating-point tensor (a quantized layer),
+    and on the meta device where it is offloaded: such a map can carry a side branch but cannot be written to.
     `transposed` says that the weight is stored as ``[d_in, d_out]`` (GPT-2's ``Conv1D``) instead of ``[d_out, d_in]``.
     An expert's weight is the `part` of that number of the three-dimensional parameter `fused`.
     """
@@ -59,21 +59,18 @@ class LinearMap:
 
     def dense_weight(self) -> Tensor | None:
         """W [d_out, d_in] as a plain tensor, loaded or made anew from a quantized one; None if it cannot be read."""
-        if self.weight is not None:
-            return self.weight.t() if self.transposed else self.weight
         module = self.module
-        weight: Any = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_meta:
-            weight = loaded_weight(module)
-            readable = weight.is_floating_point() and not weight.is_meta
-            return (weight.t() if self.transposed else weight) if readable else None
-        state: Any = getattr(weight, "quant_state", None)
+        if self.weight is not None:
+            weight = loaded_weight(module) if self.weight.is_meta else self.weight
+            return weight.t() if self.transposed else weight
+        packed: Any = getattr(module, "weight", None)
+        state: Any = getattr(packed, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):  # bitsandbytes has laid it out anew, for its forward alone
             units = torch.eye(self.d_in, dtype=state.dtype)
             return (module.forward(units) - module.forward(torch.zeros_like(units[:1]))).t()
         unpack = getattr(module, "dequantize_weight", None)  # GPTQ's and AWQ's layers, in gptqmodel: [d_in, d_out]
-        weight = dequantized(weight) if unpack is None else unpack().t()
-        return weight if weight is not None and weight.shape == (self.d_out, self.d_in) else None
+        made = dequantized(packed) if unpack is None else unpack().t()
+        return made if made is not None and made.shape == (self.d_out, self.d_in) else None
 
 
 def find_linear_maps(
@@ -119,8 +116,8 @@ def find_linear_maps(
         maps.append(_linear_map(name, modules, lookups))
     for name, expert in find_experts(model) if experts else ():
         if _is_plain(expert.fused) and expert.fused.requires_grad and selected(name, include, exclude):
-            whole = not (expert.fused.is_meta or is_sharded(expert.fused))
-            weight, shape = expert.fused.detach()[expert.index] if whole else None, (expert.d_in, expert.d_out)
+            weight = None if is_sharded(expert.fused) else expert.fused.detach()[expert.index]
+            shape = (expert.d_in, expert.d_out)
             maps.append(LinearMap(name, (expert,), (), weight, expert.transposed, *shape, expert.fused, expert.index))
     if not maps:
         kinds = Counter(type(m).__name__ for m in names if not any(True for _ in m.children()))
@@ -207,7 +204,6 @@ def _linear_map(name: str, modules: tuple[nn.Module, ...], lookups: tuple[nn.Emb
     readable = (
         isinstance(weight, Tensor)
         and _is_plain(weight)
-        and not weight.is_meta
         and weight.shape == ((d_in, d_out) if transposed else (d_out, d_in))
     )
     return LinearMap(name, modules, lookups, weight if readable else None, transposed, d_in, d_out)

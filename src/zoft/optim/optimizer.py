@@ -135,7 +135,7 @@ class ZeroOrder(torch.optim.Optimizer):
             self.dense = other_parameters(model, self.maps, include=include, exclude=exclude)
         check.ranks(self.ranks, self.estimator, self.maps)
         if not self.keeps_coefficients:
-            check.writable(self.maps, self.dense, self.update)
+            check.writable(model, self.maps, self.dense, self.update)
         weights = {id(m.parameter): m.parameter for m in self.maps if m.parameter is not None}
         parameters = [*weights.values(), *self.dense.values()]
         if self.keeps_coefficients and not parameters:  # all quantized; torch wants something in its groups

@@ -25,8 +25,13 @@ def devices_of(model: nn.Module) -> set[torch.device]:
     return set(_devices(model))
 
 
+def is_hooked(model: nn.Module) -> bool:
+    """Whether accelerate runs `model`: then its meta tensors are offloaded ones."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
 def loaded_weight(module: nn.Module) -> Tensor:
-    """The offloaded weight of `module`, loaded; still a meta tensor if accelerate loads it with a larger module."""
+    """The weight of `module`, loaded if it is offloaded; still a meta tensor if a larger module is loaded with it."""
     from accelerate.utils import align_module_device
 
     with align_module_device(module):
