@@ -91,10 +91,10 @@ def _guided(optimizer: Guided, model: OnMeta, first: bool, closure: Callable[[],
     if first:
         ranks.total(torch.zeros(()))  # whether all have found the stream
         optimizer.calibrate(closure)
-        ranks.mean(torch.zeros(1, EXAMPLES, dtype=torch.float64))  # whether the loss is finite
+        ranks.means(torch.zeros(1, EXAMPLES, dtype=torch.float64), [0], [True])  # whether the loss is finite
     else:
         closure()
-    ranks.mean(torch.zeros(1, EXAMPLES, dtype=torch.float64))
+    ranks.means(torch.zeros(1, EXAMPLES, dtype=torch.float64), [0], [True])
     reached = _reached(model.llama.config.num_hidden_layers)
     factors = {
         m.name: torch.zeros(m.d_out, optimizer.bases[m.name].shape[1], device="meta")
