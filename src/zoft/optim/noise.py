@@ -18,6 +18,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -89,13 +90,16 @@ def normals(
 ) -> list[Tensor]:
     """``normal(key, shape)`` of each key and shape, bit for bit; many small ones take less time together."""
     counts, word = [math.prod(shape) for shape in shapes], 4 * WIDTH
-    whole = [-(-count // word) for count in counts]
-    words, size = torch.tensor(whole, device=device), {"output_size": sum(whole)}  # else the device is waited for
-    streams = torch.tensor([stream(key) for key in keys], device=device).repeat_interleave(words, dim=0, **size)
-    before = (words.cumsum(0) - words).repeat_interleave(words, **size)
-    place = torch.arange(1, len(before) + 1, device=device).sub_(before)
-    made = _picked(place.mul_(streams[:, 1]).add_(streams[:, 0]))
-    parts = made.split([-(-count // word) * word for count in counts])
+    words = [-(-count // word) for count in counts]
+    before, total = accumulate(words[:-1], initial=0), sum(words)
+    streams = [
+        (_signed(offset - first * gamma), gamma)
+        for first, (offset, gamma) in zip(before, map(stream, keys), strict=True)
+    ]
+    each, repeats = torch.tensor(streams, device=device), torch.tensor(words, device=device)
+    offsets, gammas = each.repeat_interleave(repeats, dim=0, output_size=total).unbind(1)  # known: no device waits
+    made = _picked(torch.arange(1, total + 1, device=device).mul_(gammas).add_(offsets))
+    parts = made.split([count * word for count in words])
     return [part[:count].view(shape) for part, count, shape in zip(parts, counts, shapes, strict=True)]
 
 
