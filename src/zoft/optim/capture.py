@@ -187,9 +187,10 @@ def captured(
 
     def hook(layer: LinearMap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = input_of(args, kwargs).to(layer.device)  # which a hook of the module's may only now move there
+            x = input_of(args, kwargs)
             if x.numel():  # an expert may be called with no token at all
-                basis = last.get(x, lambda: extract(layer, rows(layer, x)))
+                # A hook of the module's own may move x to its device only after this.
+                basis = last.get(x, lambda: extract(layer, rows(layer, x).to(layer.device)))
                 seen = bases.get(layer.name)
                 if seen is not None and copies > 1:
                     raise ValueError(f"layer {layer.name!r} is called twice, with one basis each: run the probes apart")

@@ -100,6 +100,7 @@ class Landscape:
     def complete(self, directions: Sequence[Direction]) -> None:
         """Draw what of `directions` other processes have evaluated."""
         for direction in directions if self.ranks.groups > 1 else ():
+            direction.draw(self.branches.active, self.branches.bases)
             for layer in self.branches.active:
                 direction.left(layer, self.branches.bases[layer.name])
 
