@@ -1,12 +1,13 @@
 """Guided training of quantized weights: they are read unpacked, and stay as they are."""
 
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.gguf.utils import GgufLinear
 
 from zoft.optim import AGZO, Guided, Loss, cross_entropy
 
@@ -18,7 +19,8 @@ def loss_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Loss:
     return cross_entropy(logits, batch["labels"])
 
 
-SCALE = 0.02
+SCALE = 2**-6
+How = Literal["tensors", "layers", "gguf"]
 
 
 class PackedTensor(Tensor):
@@ -43,13 +45,31 @@ class PackedLayer(nn.Module):
         return x @ self.dequantize_weight()
 
 
-def pack(model: PreTrainedModel, how: Literal["tensors", "layers"] | None) -> None:
+class GgufRows(GgufLinear):
+    """Never takes the kernel that transformers fetches from the hub for up to eight rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._unpack_matmul(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+
+def gguf_layer(whole: Tensor) -> GgufLinear:
+    """transformers' layer of packed blocks, of type Q8_0: a scale in half precision before every 32 integers."""
+    layer = GgufRows(whole.shape[1], whole.shape[0], ggml_type=8)
+    integers = whole.view(-1, 32).view(torch.uint8)
+    scale = torch.full((len(integers), 1), SCALE, dtype=torch.float16).view(torch.uint8)
+    layer.weight.data = torch.cat([scale, integers], 1).view(len(whole), -1)
+    return layer
+
+
+def pack(model: PreTrainedModel, how: How | None) -> None:
     """Round the weights of the blocks' linear layers to eight-bit integers, and keep them so, or as numbers."""
     for name, module in [*model.named_modules()]:
         if isinstance(module, nn.Linear) and name != "lm_head":
             whole = (module.weight.data / SCALE).round().to(torch.int8)
             if how == "layers":
                 model.set_submodule(name, PackedLayer(whole))
+            elif how == "gguf":
+                model.set_submodule(name, gguf_layer(whole))
             elif how == "tensors":
                 module.weight = nn.Parameter(whole.as_subclass(PackedTensor), requires_grad=False)
                 module.forward = lambda x, module=module: nn.functional.linear(x, module.weight.dequantize())
@@ -57,8 +77,8 @@ def pack(model: PreTrainedModel, how: Literal["tensors", "layers"] | None) -> No
                 module.weight.data = whole.float() * SCALE
 
 
-@pytest.mark.parametrize("how", ["tensors", "layers"])
-def test_quantized_weights_are_read_unpacked(how: Literal["tensors", "layers"]) -> None:
+@pytest.mark.parametrize("how", get_args(How))
+def test_quantized_weights_are_read_unpacked(how: How) -> None:
     """The same estimates and training as with plain weights of the same values; nothing is written."""
     losses, coefficients = [], []
     for packed in (None, how):
@@ -76,8 +96,8 @@ def test_quantized_weights_are_read_unpacked(how: Literal["tensors", "layers"]) 
         torch.testing.assert_close(coefficients[1][name], factor, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["tensors", "layers"])
-def test_they_are_not_written(how: Literal["tensors", "layers"]) -> None:
+@pytest.mark.parametrize("how", get_args(How))
+def test_they_are_not_written(how: How) -> None:
     model = llama()
     pack(model, how)
     with pytest.raises(ValueError, match="quantized weight, which cannot be written"):

@@ -65,9 +65,11 @@ class LinearMap:
             return weight.t() if self.transposed else weight
         packed: Any = getattr(module, "weight", None)
         state: Any = getattr(packed, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):  # bitsandbytes has laid it out anew, for its forward alone
-            units = torch.eye(self.d_in, dtype=state.dtype)
-            return (module.forward(units) - module.forward(torch.zeros_like(units[:1]))).t()
+        if getattr(state, "packing_format_for_cpu", False) or _is_gguf(module):  # laid out for their forward alone
+            dtype = getattr(state, "dtype", torch.float32)
+            units = torch.eye(self.d_in + 1, self.d_in, dtype=dtype, device=self.device)
+            columns = module.forward(units)  # of zero, the last, it makes the bias
+            return (columns[:-1] - columns[-1]).t()
         unpack = getattr(module, "dequantize_weight", None)  # GPTQ's and AWQ's layers, in gptqmodel: [d_in, d_out]
         made = dequantized(packed) if unpack is None else unpack().t()
         return made if made is not None and made.shape == (self.d_out, self.d_in) else None
@@ -84,8 +86,8 @@ def find_linear_maps(
 ) -> list[LinearMap]:
     """The linear maps of `model` that may be trained, in the model's order, each weight once.
 
-    A module counts if it is an ``nn.Linear``, a transformers ``Conv1D``, a layer of GPTQ or AWQ, or if its name matches
-    a pattern of `linear` and it has ``in_features`` and ``out_features`` or a two-dimensional ``[d_out, d_in]`` weight.
+    A module counts if it is an ``nn.Linear``, a transformers ``Conv1D``, a layer of GPTQ, AWQ or packed GGUF, or if its
+    name matches a pattern of `linear` and it has ``in_features`` and ``out_features`` or a ``[d_out, d_in]`` weight.
     `include` and `exclude` are shell-style patterns on module names (``"*.q_proj"``). Frozen weights
     (``requires_grad=False``) are left out, quantized ones, which cannot require a gradient, are not. A weight
     shared with an embedding is a map only with `embeddings`, and then every embedding is one: its gradient
@@ -214,9 +216,13 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def _is_gguf(module: nn.Module) -> bool:
+    return hasattr(module, "ggml_type") and hasattr(module, "in_features")
+
+
 def _is_linear(module: nn.Module, name: str, patterns: Sequence[str]) -> bool:
     named = any(fnmatchcase(name, pattern) for pattern in patterns)
-    packed = hasattr(module, "qweight")  # GPTQ's and AWQ's layers
+    packed = hasattr(module, "qweight") or _is_gguf(module)  # the former are GPTQ's and AWQ's layers
     return isinstance(module, nn.Linear) or _is_conv1d(module) or packed or named
 
 
