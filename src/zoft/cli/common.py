@@ -33,15 +33,24 @@ Metric = Annotated[
 Out = Annotated[Path | None, typer.Option(help="The run folder. Default: a new one in runs/.")]
 Dtype = Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16, or int8, nf4.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0. Default: the accelerator, if there is one.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="A larger model: so much of the weights stays on the device, such as 4GiB, or auto; the rest is offloaded."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def console(quiet: bool) -> Console:
     """A console for people: silent if the output is JSON. Keeps other libraries from talking over it."""
+    from logging import ERROR, getLogger
+
     from rich.console import Console
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    getLogger("accelerate").setLevel(ERROR)
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     return Console(quiet=quiet, highlight=False)

@@ -40,6 +40,7 @@ def doctor(
     label: common.Label = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
+    memory: common.Memory = None,
     as_json: common.Json = False,
 ) -> None:
     """Measure, before training, which eps and lr suit a method on MODEL and task, and what the run will cost.
@@ -71,12 +72,13 @@ def doctor(
         label=label,
         dtype=dtype,
         device=device,
+        memory=memory,
     )
     description, console = config.load_task(), common.console(quiet=as_json)
     rows = sample(load_rows(description, config.data, "train"), 8 * batch_size, seed)
     if len(rows) < 2 * batch_size:
         raise UserError(f"two batches of {batch_size} need {2 * batch_size} rows; there are {len(rows)}")
-    network, tokenizer = load_model(model, dtype=config.weights_dtype, device=config.device)
+    network, tokenizer = load_model(model, **config.loading)
     closures = task_closures(network, task_batches(network, tokenizer, description, rows, batch_size))
     start = time.perf_counter()
     with console.status(f"probing {directions} directions"):

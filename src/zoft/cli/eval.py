@@ -26,6 +26,7 @@ def evaluate(
     metric: common.Metric = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
+    memory: common.Memory = None,
     as_json: common.Json = False,
 ) -> None:
     """Measure MODEL on a task's validation rows, zero-shot or with examples in the prompt.
@@ -57,6 +58,7 @@ def evaluate(
         metric=metric,
         dtype=dtype,
         device=device,
+        memory=memory,
     )
     unnamed = {name for name in (config.objective, config.metric) if name and is_reward(name)} - {metric}
     if settings.is_file() and unnamed:

@@ -60,6 +60,7 @@ def train(
     metric: common.Metric = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
+    memory: common.Memory = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags go over it.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     as_json: common.Json = False,
@@ -101,6 +102,7 @@ def train(
         "metric": metric,
         "dtype": dtype,
         "device": device,
+        "memory": memory,
     }
     if resume is not None:
         given = [name for name, value in flags.items() if value not in (None, {}) and name != "steps"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim.experts import find_experts
-from zoft.optim.placement import device_of, is_sharded, loaded_weight
+from zoft.optim.placement import device_of, is_sharded, loaded_parameter
 
 CONTAINERS = (nn.ParameterDict, nn.ParameterList)
 
@@ -61,7 +61,7 @@ class LinearMap:
         """W [d_out, d_in] as a plain tensor, loaded or made anew from a quantized one; None if it cannot be read."""
         module = self.module
         if self.weight is not None:
-            weight = loaded_weight(module) if self.weight.is_meta else self.weight
+            weight = loaded_parameter(module, "weight") if self.weight.is_meta else self.weight
             return weight.t() if self.transposed else weight
         packed: Any = getattr(module, "weight", None)
         state: Any = getattr(packed, "quant_state", None)

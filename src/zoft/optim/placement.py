@@ -30,14 +30,14 @@ def is_hooked(model: nn.Module) -> bool:
     return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
-def loaded_weight(module: nn.Module) -> Tensor:
-    """The weight of `module`, loaded if it is offloaded; still a meta tensor if a larger module is loaded with it."""
+def loaded_parameter(model: nn.Module, name: str) -> Tensor:
+    """A parameter, loaded if it is offloaded; still a meta tensor if a larger module is loaded with it."""
     from accelerate.utils import align_module_device
 
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
     with align_module_device(module):
-        weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+        return module.get_parameter(own).detach()
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -27,6 +27,7 @@ from zoft.train.config import COEFFICIENTS, TrainConfig
 from zoft.train.diagnosis import Diagnosis
 from zoft.train.identity import identity, model_digest
 from zoft.train.models import load_model, room
+from zoft.train.offload import kept
 from zoft.train.optimizers import AUTO, build
 from zoft.train.processes import one_after_the_first, require_agreed
 from zoft.train.stop import Stop
@@ -76,6 +77,8 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
     config.check_objective(task)
     if config.first_order and Ranks().count > 1:
         raise UserError(f"{config.method} is a reference and runs in one process: start it without torchrun")
+    if config.memory is not None and Ranks().count > 1:
+        raise UserError("weights are offloaded in one process: leave memory out, or start zoft without torchrun")
     if not resume and (out / "config.yaml").exists():
         raise UserError(f"{out} holds a run already: choose another --out, or continue it with --resume {out}")
     training_rows = load_rows(task, config.data, "train")
@@ -83,7 +86,9 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
     console.print(f"loading {config.model}")
     model: Any
     with one_after_the_first():  # which may have to download it
-        model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device, trainable=True)
+        model, tokenizer = load_model(config.model, **config.loading, trainable=True)
+    if config.memory is not None:
+        console.print(f"{kept(model)} of the weights stay in place, the rest is loaded as it is needed")
     digest = model_digest(model)
     adapter: Factors = {}
     if config.method in (AUTO, *COEFFICIENTS) and isinstance(model, PeftModel):

@@ -12,6 +12,7 @@ from torch import Tensor
 from zoft.data import Collator, Encoder, Row, Task, TaskDataset, losses, read_logits, slope
 from zoft.errors import UserError
 from zoft.optim import Loss
+from zoft.optim.placement import device_of
 from zoft.train.models import longest, room
 
 WORDS = 64  # with two, and logits in half precision, a probe may change no loss, and a step would have no update
@@ -22,7 +23,7 @@ def task_batches(model: Any, tokenizer: Any, task: Task, rows: list[Row], size: 
     items = TaskDataset(rows, Encoder(tokenizer, task, room(model, task)))
     collate = Collator(tokenizer.pad_token_id, "train")
     batches = [collate([items[i + k] for k in range(size)]) for i in range(0, len(rows) - size + 1, size)]
-    return [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches]
+    return [{name: tensor.to(device_of(model)) for name, tensor in batch.items()} for batch in batches]
 
 
 def random_batch(model: Any, size: int, length: int, seed: int = 0) -> dict[str, Tensor]:
@@ -45,7 +46,7 @@ def random_batch(model: Any, size: int, length: int, seed: int = 0) -> dict[str,
         "label_words": torch.randperm(vocabulary, generator=generator)[:WORDS],
         "targets": torch.randint(min(WORDS, vocabulary), (size,), generator=generator),
     }
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+    return {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
 
 
 def task_closures(model: Any, batches: list[dict[str, Tensor]]) -> list[Callable[[], Loss]]:

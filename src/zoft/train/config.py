@@ -14,6 +14,7 @@ from zoft.data import Task, custom_task, is_reward, load_reward, load_task, pars
 from zoft.errors import UserError
 from zoft.train.files import free_folder, write_text
 from zoft.train.models import DTYPES, QUANTIZED, find_device
+from zoft.train.offload import memory_size
 from zoft.train.optimizers import AUTO, FIRST_ORDER, method_options, require_method, usual_schedule
 from zoft.train.values import as_type, near_miss
 
@@ -57,6 +58,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "auto"
     device: str | None = None
+    memory: str | None = None
     max_length: int | None = None
 
     train_examples: int | None = None
@@ -95,6 +97,11 @@ class TrainConfig:
         Those of a LoRA do not: its adapter is in float32 whatever the weights beside it are.
         """
         return "float32" if self.first_order and self.method != "lora" else self.dtype
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How `zoft.train.models.load_model` is to load the model."""
+        return {"dtype": self.weights_dtype, "device": self.device, "memory": self.memory}
 
     @property
     def autocast(self) -> bool:
@@ -168,6 +175,10 @@ class TrainConfig:
                 raise UserError(f"{name} must be at least {lowest}, not {value}")
         if find_device(self.device).index:
             raise UserError(f"device {self.device!r}: training uses the first device; hide the others from it")
+        if self.memory is not None:
+            memory_size(self.memory)
+            if self.first_order:
+                raise UserError(f"{self.method} needs all weights in place: leave memory out")
         if self.seed >= 2**32:
             raise UserError(f"seed must be below 2**32, not {self.seed}")
         if self.dtype not in DTYPES:

@@ -23,7 +23,7 @@ def evaluate(config: TrainConfig, shots: int = 0) -> dict[str, Any]:
     shown = sample(load_rows(task, config.data, "train"), shots, config.seed) if shots else []
     rows = load_rows(task, config.data, "validation")
     rows = sample(rows, config.eval_examples or len(rows), 0)
-    model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device)
+    model, tokenizer = load_model(config.model, **config.loading)
     dataset = TaskDataset(rows, Encoder(tokenizer, task, room(model, task, config.max_length), shown))
     with tempfile.TemporaryDirectory() as folder:
         trainer = TaskTrainer(model, tokenizer, task, training_arguments(config, task, folder), eval_dataset=dataset)
@@ -34,5 +34,5 @@ def evaluate(config: TrainConfig, shots: int = 0) -> dict[str, Any]:
         "examples": len(rows),
         "truncated": dataset.truncated,
         "seconds": found["eval_runtime"],
-        "peak_memory_bytes": peak_memory_bytes(model.device),
+        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
     }

