@@ -1,5 +1,6 @@
 """Tasks, rows, token ids, batches, losses and metrics: everything between a data file and a forward pass."""
 
+from .beginning import Begun, begin
 from .candidates import read_candidates
 from .collate import Collator
 from .custom import custom_task, parse_words
@@ -12,12 +13,14 @@ from .source import hold_out, load_rows, sample
 from .task import Row, Task, load_task, task_names
 
 __all__ = [
+    "Begun",
     "Collator",
     "Encoder",
     "Item",
     "Row",
     "Task",
     "TaskDataset",
+    "begin",
     "choose",
     "custom_task",
     "examples",

@@ -24,7 +24,21 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from zoft.data import Collator, Task, choose, examples, losses, read_candidates, read_logits, score, score_each, slope
+from zoft.data import (
+    Begun,
+    Collator,
+    Task,
+    begin,
+    choose,
+    examples,
+    losses,
+    positions_to_keep,
+    read_candidates,
+    read_logits,
+    score,
+    score_each,
+    slope,
+)
 from zoft.optim import Loss
 from zoft.train.checkpoints import remove, seal, whole_folder
 from zoft.train.config import LOSS
@@ -148,14 +162,23 @@ class TaskTrainer(ZOTrainer):
     ) -> tuple[None, Any, Tensor]:
         """No mean loss (`evaluate` takes that of all examples), what `_guess` finds, and row numbers [B]."""
         inputs = self._prepare_inputs(inputs)
-        return None, self._guess(model, inputs), inputs["index"]
+        return None, self._guess(model, inputs, begin), inputs["index"]
 
-    def _guess(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Predicted candidates [B] and the losses [B]; or predicted tokens [B, new]."""
+    def _guess(
+        self, model: nn.Module, inputs: dict[str, Tensor], begin: Callable[..., Begun | None] = lambda *_: None
+    ) -> tuple[Tensor, ...]:
+        """Predicted candidates [B] and the losses [B]; or predicted tokens [B, new].
+
+        A step's points are of every sequence whole, so only an evaluation gives a way to `begin` them together.
+        """
         with torch.no_grad(), self.compute_loss_context_manager():
+            begun = begin(model, inputs)
             if self.task.kind == "generation":
-                return (self._generate(inputs),)
-            logits, batch = read_candidates(model, inputs)
+                return (self._generate(inputs, begun),)
+            if begun is None:
+                logits, batch = read_candidates(model, inputs)
+            else:
+                logits, batch = begun.logits(model, positions_to_keep(inputs)), inputs
             return choose(logits, batch), losses(logits, batch)
 
     def _shortfall(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -165,12 +188,13 @@ class TaskTrainer(ZOTrainer):
         rows = [dataset.rows[i] for i in inputs["index"].tolist()]
         return 1 - torch.tensor(score_each(self.task, self.objective, guesses, rows), dtype=torch.float64)
 
-    def _generate(self, inputs: dict[str, Tensor]) -> Tensor:
+    def _generate(self, inputs: dict[str, Tensor], begun: Begun | None) -> Tensor:
         model: Any = self.model
-        prompt = inputs["input_ids"]
+        prompt, read = (inputs, None) if begun is None else (begun.inputs, begun.cache)
         output = model.generate(
-            input_ids=prompt,
-            attention_mask=inputs["attention_mask"],
+            input_ids=prompt["input_ids"],
+            attention_mask=prompt["attention_mask"],
+            past_key_values=read,
             max_new_tokens=self.task.max_new_tokens,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -178,7 +202,7 @@ class TaskTrainer(ZOTrainer):
             stop_strings=self.task.stop,
             tokenizer=self.tokenizer,
         )
-        return output[:, prompt.shape[1] :]
+        return output[:, inputs["input_ids"].shape[1] :]
 
     def _ends(self) -> list[int] | None:
         """Tokens that end a text: those that the model declares, and the tokenizer's, which answers end in."""
