@@ -53,6 +53,31 @@ def test_a_residual_stream_is_guided(train: Callable[..., Outcome], tmp_path: Pa
     assert (summary["forwards"], summary["forwards_before"]) == (4, 0)
 
 
+def test_guided_has_its_rate_from_the_model(
+    train: Callable[..., Outcome], zoft: Callable[..., Outcome], data: Path, tmp_path: Path
+) -> None:
+    """The same for auto and for its name; larger where layers give more, for which a step of the same size is less."""
+    assert train().code == 0
+    assert train("--method", "guided", "--lr", "auto", out=tmp_path / "named").code == 0
+    assert train("--lr", "2e-3", out=tmp_path / "given").code == 0
+    louder = make_model()
+    for name, weight in louder.named_parameters():
+        if "_proj" in name:
+            weight.data *= 4
+    louder.save_pretrained(tmp_path / "louder")
+    TOKENIZER.save_pretrained(tmp_path / "louder")
+    command = ("train", tmp_path / "louder", "--task", "sst2", "--data", data, *FEW)
+    assert zoft(*command, "--out", tmp_path / "of louder").code == 0
+    usual, named, given, larger = (settled(tmp_path / name).lr for name in ("run", "named", "given", "of louder"))
+    assert usual == named and given == 2e-3
+    assert larger >= 3 * usual
+
+
+def test_guided_has_no_eps_to_measure(train: Callable[..., Outcome]) -> None:
+    outcome = train("--method", "guided", "--eps", "auto")
+    assert outcome.code == 2 and "there is no eps to measure" in outcome.err
+
+
 @pytest.mark.parametrize("measured, expected", [(0.0123456, 0.012), (None, 1e-3)])
 def test_without_a_stream_probes_with_measured_steps(
     measured: float | None,

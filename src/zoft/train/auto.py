@@ -18,6 +18,7 @@ from zoft.optim.landscape import Closure
 from zoft.train.config import TrainConfig
 from zoft.train.diagnosis import Diagnosis, diagnose
 from zoft.train.optimizers import AUTO, zero_order_of
+from zoft.train.pace import guided_rate
 
 BATCHES = 8  # looked at, at most
 ROUNDS = 4  # of timing, the first to warm up
@@ -30,9 +31,10 @@ def settle(
     """`config` without ``auto``, and the measurement behind its lr or eps, if they had to be measured.
 
     The method becomes `guided` if `model` has a residual stream for it to go back along, else `zo-act`, which takes
-    any weights, with lr and eps measured unless they are given. `look` gives the losses of some batches, if they
-    are needed; `model` stays as it is. Where the loss does not curve upwards there is no lr to measure, and the
-    method's own is taken. The option probe_batching becomes what is faster.
+    any weights; lr and eps are measured unless they are given. `look` gives the losses of some batches, if they
+    are needed; `model` stays as it is. Where the loss does not curve upwards there is no lr to measure for probes, and
+    the method's own is taken; guided's has its own measure (`zoft.train.pace`). The option probe_batching becomes what
+    is faster.
 
     Raises:
         UserError: lr or eps is to be measured, and cannot be, or probe_batching is wanted, and cannot be had.
@@ -47,13 +49,19 @@ def settle(
         config, found = settle(config, model, lambda: closures)
         return replace(config, method_options=config.method_options | {BATCHING: faster}), found
     if config.method == AUTO:
-        if _has_stream(model, closures[0]):
-            config = replace(config, method="guided")
-        else:
-            unset: dict[str, Any] = {name: AUTO for name in ("lr", "eps") if getattr(config, name) is None}
+        unset: dict[str, Any] = {name: AUTO for name in ("lr", "eps") if getattr(config, name) is None}
+        try:
+            lr = _guided_lr(unset.get("lr", config.lr), model, closures[0])
+            return replace(config, method="guided", lr=lr, eps=None if config.eps == AUTO else config.eps), None
+        except (NoLinearLayers, NoStream):
             config = replace(config, method="zo-act", **unset)
     if AUTO not in (config.lr, config.eps):
         return config, None
+    if config.method == "guided" and config.eps != AUTO:
+        try:
+            return replace(config, lr=_guided_lr(config.lr, model, closures[0])), None
+        except ValueError as error:
+            raise UserError(f"method guided, lr auto: {error}") from error
     if len(closures) < 2:
         raise UserError(
             "lr and eps are measured on at least two batches: bring more rows, lower --batch-size, or set both"
@@ -67,21 +75,20 @@ def settle(
     return replace(config, eps=found.eps if config.eps == AUTO else config.eps), found
 
 
-def _has_stream(model: Any, closure: Closure) -> bool:
-    """Not known where the loss is not finite: then training will say so, whatever the method."""
-    try:
-        optimizer = Guided(model)
-    except NoLinearLayers:
-        return False
+def _guided_lr(lr: Any, model: Any, closure: Closure) -> float | None:
+    """`lr`, measured if it is to be; None where the loss is not finite: then training will say so.
+
+    Raises:
+        NoLinearLayers, NoStream: guided cannot train the model.
+    """
+    optimizer = Guided(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EstimateWarning)
             optimizer.estimate(closure)
-    except NoStream:
-        return False
+        return guided_rate(optimizer, closure) if lr == AUTO else lr
     finally:
         optimizer.branches.detach()
-    return True
 
 
 def _together_is_faster(config: TrainConfig, model: Any, closure: Closure, wanted: bool) -> bool:

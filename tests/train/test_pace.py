@@ -1,0 +1,41 @@
+"""Guided's measured rate, against what a step does."""
+
+from functools import partial
+from statistics import median
+
+import pytest
+import torch
+
+from optim.models import ARCHITECTURES, token_batch
+from zoft.optim import Guided, Loss, cross_entropy
+from zoft.train.pace import CHANGE, guided_rate
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "gpt2"])
+def test_a_step_changes_outputs_by_so_much(architecture: str) -> None:
+    """Adam's first step moves every coefficient by lr; of the entries of an output that is at most lr |x A|."""
+    model, batch = ARCHITECTURES[architecture][0](), token_batch()
+
+    def closure(model: torch.nn.Module) -> Loss:
+        return cross_entropy(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"])
+
+    optimizer = Guided(model)
+    optimizer.estimate(partial(closure, model))
+    rate = guided_rate(optimizer, partial(closure, model))
+    assert rate is not None
+    optimizer = Guided(model, lr=rate)
+    optimizer.step(partial(closure, model))
+    assert all(factor.abs().max() < 1.01 * rate for factor in optimizer.coefficients.values())
+    changes = []
+
+    def see(name: str, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        basis, factor = optimizer.branches.basis(name), optimizer.coefficients.get(name)
+        if basis is not None and factor is not None:
+            added = args[0] @ basis @ factor.t()
+            changes.append(float(added.norm(dim=-1).mean() / (output - added).norm(dim=-1).mean()))
+
+    for layer in optimizer.maps:
+        layer.modules[0].register_forward_hook(partial(see, layer.name))
+    with torch.no_grad():
+        closure(model)
+    assert CHANGE / 6 < median(changes) < 1.6 * CHANGE  # signs cancel in part; the rate has one digit
