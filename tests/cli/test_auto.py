@@ -73,11 +73,6 @@ def test_guided_has_its_rate_from_the_model(
     assert larger >= 3 * usual
 
 
-def test_guided_has_no_eps_to_measure(train: Callable[..., Outcome]) -> None:
-    outcome = train("--method", "guided", "--eps", "auto")
-    assert outcome.code == 2 and "there is no eps to measure" in outcome.err
-
-
 @pytest.mark.parametrize("measured, expected", [(0.0123456, 0.012), (None, 1e-3)])
 def test_without_a_stream_probes_with_measured_steps(
     measured: float | None,

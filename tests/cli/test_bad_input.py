@@ -47,7 +47,7 @@ def assert_refused(outcome: Outcome, message: str, out: Path | None = None) -> N
         (["--lr", "-1"], "lr must be a number of at least 0, not -1"),
         (["--lr", "nan"], "lr must be a number"),
         (["--lr", "fast"], "lr must be of type float, not 'fast'"),
-        (["--lr", "auto", "--method", "guided"], "method guided, lr or eps auto: guided draws no directions"),
+        (["--eps", "auto", "--method", "guided"], "method guided, lr or eps auto: guided draws no directions"),
         (["--eps", "auto", "--method", "lora"], "lora is first-order"),
         (["--eps", "auto", "--batch-size", "16", "--method", "agzo"], "measured on at least two batches"),
         (["--eps", "0"], "eps must be above 0"),
