@@ -18,7 +18,7 @@ from zoft.optim.landscape import Closure
 from zoft.train.config import TrainConfig
 from zoft.train.diagnosis import Diagnosis, diagnose
 from zoft.train.optimizers import AUTO, zero_order_of
-from zoft.train.pace import guided_rate
+from zoft.train.rate import guided_rate
 
 BATCHES = 8  # looked at, at most
 ROUNDS = 4  # of timing, the first to warm up
@@ -33,7 +33,7 @@ def settle(
     The method becomes `guided` if `model` has a residual stream for it to go back along, else `zo-act`, which takes
     any weights; lr and eps are measured unless they are given. `look` gives the losses of some batches, if they
     are needed; `model` stays as it is. Where the loss does not curve upwards there is no lr to measure for probes, and
-    the method's own is taken; guided's has its own measure (`zoft.train.pace`). The option probe_batching becomes what
+    the method's own is taken; guided's has its own measure (`zoft.train.rate`). The option probe_batching becomes what
     is faster.
 
     Raises:

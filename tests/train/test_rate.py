@@ -8,7 +8,7 @@ import torch
 
 from optim.models import ARCHITECTURES, token_batch
 from zoft.optim import Guided, Loss, cross_entropy
-from zoft.train.pace import CHANGE, guided_rate
+from zoft.train.rate import CHANGE, guided_rate
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "gpt2"])
