@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
 
 from zoft.train.models import load_model
@@ -68,3 +69,10 @@ def test_what_cannot_be_is_one_line(train: Callable[..., Outcome], tmp_path: Pat
         done = train(*flags)
         assert done.code == 2 and reason in done.err and done.err.count("\n") == 1, done.err
         assert not (tmp_path / "run").exists()
+
+
+def test_of_adapters_a_lora_alone(zoft: Callable[..., Outcome], model: Path, data: Path, tmp_path: Path) -> None:
+    base = load_model(str(model), device="cpu")[0]
+    get_peft_model(base, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "ia3")
+    done = zoft("eval", tmp_path / "ia3", "--task", "sst2", "--data", data, "--device", "cpu", "--memory", LITTLE)
+    assert done.code == 2 and "must be a LoRA" in done.err and done.err.count("\n") == 1

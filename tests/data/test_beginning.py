@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_candidates import PAD, Seen, tokens
 from torch import Tensor
 
@@ -78,3 +79,10 @@ def test_a_model_that_does_not_keep_all_reads_all() -> None:
     model.register_forward_hook(lambda module, args, output: setattr(output, "past_key_values", None))
     assert begin(model, batch) is None
     assert begin(ARCHITECTURES["gemma3"][0](), batch) is None
+
+
+@pytest.mark.parametrize("learned", [PrefixTuningConfig, PromptTuningConfig])
+@torch.no_grad()
+def test_an_adapter_of_virtual_tokens_reads_all(learned: type[PeftConfig]) -> None:
+    model = get_peft_model(llama(), learned(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    assert begin(model, Collator(PAD, "eval")(items("classification", (3, 4, 2)))) is None

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -65,6 +66,17 @@ def test_a_model_that_keeps_nothing_reads_all() -> None:
     found, same = read_candidates(model, batch)
     assert same is batch
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("learned", [PrefixTuningConfig, PromptTuningConfig])
+@torch.no_grad()
+def test_an_adapter_of_virtual_tokens_reads_all(learned: type[PeftConfig]) -> None:
+    """Once wrong losses, or a traceback: PEFT puts these tokens before every call, the cache or not."""
+    model = get_peft_model(ARCHITECTURES["llama"][0](), learned(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    batch = Collator(PAD, "eval")(items("choice", (30, 24)))
+    found, same = read_candidates(model, batch)
+    assert same is batch
+    assert torch.equal(found, read_logits(model, batch))
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ class Begun(NamedTuple):
 def begin(model: Any, batch: Batch) -> Begun | None:
     """The beginning that the sequences of `batch` share, read by `model`.
 
-    None if that does not halve the tokens to read, or the model does not keep the keys and values of all of them.
+    None if that does not halve the tokens to read, or the model does not keep the keys and values of just these: a
+    window or a state keeps less, an adapter of virtual tokens more.
     """
     count, tokens = batch["input_ids"].shape
     length = shared_length(batch)
@@ -40,7 +41,7 @@ def begin(model: Any, batch: Batch) -> Begun | None:
     places = torch.arange(length, device=shared.device).unsqueeze(0)
     alone = {"input_ids": shared, "attention_mask": torch.ones_like(shared), "position_ids": places}
     cache: Any = getattr(model(**alone, use_cache=True, logits_to_keep=1), "past_key_values", None)
-    if not all(_attends(layer) for layer in getattr(cache, "layers", [None])):
+    if not all(_attends(layer) for layer in getattr(cache, "layers", [None])) or cache.get_seq_length() != length:
         return None
     cache.batch_select_indices(shared.new_zeros(count))
     own = {name: batch[name][:, length:] for name in alone}

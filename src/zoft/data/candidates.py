@@ -14,7 +14,7 @@ def read_candidates(model: Any, batch: Batch) -> tuple[Tensor, Batch]:
 
     Where an example is several sequences of one prompt, and to read it once halves the tokens or better, the prompts
     run by themselves, and then their candidates on what the model keeps of them (its key-value cache). A model that
-    keeps nothing to select from reads every sequence whole.
+    keeps nothing to select from, or an adapter's virtual tokens too, reads every sequence whole.
     """
     of = examples(batch)
     if of is None:
@@ -29,7 +29,7 @@ def read_candidates(model: Any, batch: Batch) -> tuple[Tensor, Batch]:
     prompt = _window(batch, tokens - answers - longest, longest, first)  # ends where the answer begins
     found = model(**prompt, use_cache=True, logits_to_keep=1)
     cache: Any = getattr(found, "past_key_values", None)
-    if not hasattr(cache, "batch_select_indices"):
+    if not hasattr(cache, "batch_select_indices") or cache.get_seq_length() != longest:
         return read_logits(model, batch), batch
     cache.batch_select_indices(of)
     answer = _window(batch, tokens - answers, width, torch.arange(len(of), device=of.device))

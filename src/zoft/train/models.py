@@ -45,10 +45,11 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; {near_miss(dtype, DTYPES)}")
     place, target, weights = resolve(name), find_device(device), _loaded_as(dtype)
-    spread = None if memory is None else _folder_of_its_own(cache_folder() / "offload")
+    spread = None
+    if memory is not None:
+        spread = _folder_of_its_own(cache_folder() / "offload")
+        weights |= placement(memory, target, spread.name)
     try:
-        if memory is not None and spread is not None:
-            weights |= placement(memory, target, spread.name)
         model, tokenizer, missing = _read(place, weights, trainable)
     except UserError:
         raise

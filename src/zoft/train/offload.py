@@ -59,9 +59,16 @@ def add_adapter(model: Any, place: str, trainable: bool) -> Any:
     """`model`, parts of which may be offloaded, with the PEFT adapter in the folder `place`, which is not.
 
     PEFT would let accelerate place the whole anew, which cannot read what is offloaded.
+
+    Raises:
+        UserError: it is no LoRA.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel, PeftType
     from peft.utils import load_peft_weights
+
+    kind = PeftConfig.from_pretrained(place).peft_type
+    if kind != PeftType.LORA:
+        raise UserError(f"beside offloaded weights an adapter must be a LoRA, which {place} is not: leave memory out")
 
     placed = vars(model).pop("hf_device_map")
     adapted: Any = PeftModel.from_pretrained(model, place, is_trainable=trainable, low_cpu_mem_usage=True)

@@ -162,17 +162,15 @@ class TaskTrainer(ZOTrainer):
     ) -> tuple[None, Any, Tensor]:
         """No mean loss (`evaluate` takes that of all examples), what `_guess` finds, and row numbers [B]."""
         inputs = self._prepare_inputs(inputs)
-        return None, self._guess(model, inputs, begin), inputs["index"]
+        return None, self._guess(model, inputs, together=True), inputs["index"]
 
-    def _guess(
-        self, model: nn.Module, inputs: dict[str, Tensor], begin: Callable[..., Begun | None] = lambda *_: None
-    ) -> tuple[Tensor, ...]:
+    def _guess(self, model: nn.Module, inputs: dict[str, Tensor], together: bool = False) -> tuple[Tensor, ...]:
         """Predicted candidates [B] and the losses [B]; or predicted tokens [B, new].
 
-        A step's points are of every sequence whole, so only an evaluation gives a way to `begin` them together.
+        With `together`, what all begin with is read once; not in a step, whose directions may differ by the sequence.
         """
         with torch.no_grad(), self.compute_loss_context_manager():
-            begun = begin(model, inputs)
+            begun = begin(model, inputs) if together else None
             if self.task.kind == "generation":
                 return (self._generate(inputs, begun),)
             if begun is None:
