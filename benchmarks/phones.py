@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from zoft.optim import SGD, Loss, ZeroOrder, ZOAct, replay
-from zoft.optim.update import State
+from zoft.optim.update import State, Tensors
 from zoft.train.steplog import STEP, Step, append, names_of, new_log, read_log, read_step, write_step
 
 PHONES, ROWS, FEATURES, HIDDEN, CLASSES, RANK = 1000, 4, 32, 128, 8, 8
@@ -177,8 +177,8 @@ class Unfused(SGD):
 
     rate: float = 0.0
 
-    def __call__(self, estimate: Tensor, state: State) -> Tensor:
-        return estimate * self.rate
+    def __call__(self, estimates: Tensors, states: Sequence[State]) -> Tensors:
+        return [estimate * self.rate for estimate in estimates]
 
 
 def catch_up(world: World, own: bool, heard: int, away: tuple[int, int] = AWAY, rounds: int = ROUNDS) -> dict[str, Any]:

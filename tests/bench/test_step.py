@@ -1,12 +1,13 @@
 """`zoft.bench.step`: who runs when, what is counted, and that the shared model is left bare."""
 
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
 
 from train.tiny import make_model
-from zoft.bench.step import PUBLISHED, Clock, Step, Timing, forwards, summary, take_turns, training_step
+from zoft.bench.step import BARE, PUBLISHED, Clock, Step, Timing, forwards, summary, take_turns, training_step
 from zoft.errors import UserError
 from zoft.train import random_batch
 
@@ -29,7 +30,7 @@ def test_all_rows_run_equally_often_and_in_turns() -> None:
 
 
 @pytest.mark.parametrize(
-    "method, count",
+    "method, passes",
     [
         ("agzo", 2),
         ("agzo+batching", 2),
@@ -42,7 +43,7 @@ def test_all_rows_run_equally_often_and_in_turns() -> None:
         ("fo-adamw", 1),
     ],
 )
-def test_forwards_of_a_step(method: str, count: int) -> None:
+def test_forwards_of_a_step(method: str, passes: int) -> None:
     model: Any = make_model()
     before = model.model.layers[1].mlp.down_proj.weight.clone()
     batch = random_batch(model, 4, 6)
@@ -50,10 +51,8 @@ def test_forwards_of_a_step(method: str, count: int) -> None:
     for _ in range(2):
         clock = Clock(CPU)
         step(clock)
-    parts = (
-        {"forwards"} | (set() if method == PUBLISHED else {"update"}) | ({"backward"} if method[:2] == "fo" else set())
-    )
-    assert clock.parts.keys() == parts and len(clock.parts["forwards"]) == count
+    of_its_own = {PUBLISHED: set(), "fo-adamw": {"backward", "update"}}.get(method, {"update", BARE})
+    assert clock.parts.keys() == {"forwards"} | of_its_own and len(clock.parts["forwards"]) == passes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(model.model.layers[1].mlp.down_proj.weight, before) == (method in ("zo-act", "guided"))
@@ -101,3 +100,17 @@ def test_random_batch() -> None:
     assert not torch.equal(batch["input_ids"], random_batch(model, 3, 7, seed=2)["input_ids"])
     with pytest.raises(UserError, match="the model takes 256 tokens; 257 are too many"):
         random_batch(model, 1, 257)
+
+
+def test_what_makes_the_model_bare_is_no_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that advances by one whenever it is read."""
+    monkeypatch.setattr("time.perf_counter", count().__next__)
+
+    def step(clock: Clock) -> None:
+        for part in ("forwards", BARE):
+            with clock(part):
+                pass
+
+    timing = take_turns(CPU, {"a": step}, 1)["a"]
+    assert timing.parts == [{"forwards": [1]}]
+    assert timing.whole == [4]  # of the six readings' five

@@ -228,6 +228,7 @@ def test_every_forward_has_the_random_state_of_each_device(monkeypatch: pytest.M
     )
     monkeypatch.setattr("zoft.optim.landscape.devices_of", lambda model: {first, second})
     monkeypatch.setattr("torch.get_device_module", lambda device: generators)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     seen, model = [], nn.Sequential(nn.Linear(3, 2))
 
     def closure() -> Tensor:

@@ -88,8 +88,8 @@ def move_weights(branches: SideBranches, direction: Direction, scale: float) -> 
 
 
 @torch.no_grad()
-def assert_side_branches_are_moved_weights(model: nn.Module, forward: Callable[[], Tensor]) -> None:
-    branches, direction = low_rank_direction(model)
+def assert_side_branches_are_moved_weights(model: nn.Module, forward: Callable[[], Tensor], rank: int = 2) -> None:
+    branches, direction = low_rank_direction(model, rank)
     before, base = snapshot(model), forward()
     branches.factors = {name: SCALE * factor for name, factor in direction.factors.items()}
     with branches.attached():
@@ -107,6 +107,32 @@ def test_side_branches_compute_what_moved_weights_would(name: str) -> None:
     build, x = MODELS[name]
     model = build()
     assert_side_branches_are_moved_weights(model, lambda: model(x))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("elements", [0, 1 << 30], ids=["large", "small"])
+def test_large_and_small_activations_are_computed_alike(
+    rank: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoft.optim.probe.ELEMENTS", elements)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    assert_side_branches_are_moved_weights(model, lambda: model(FEATURES), rank)
+
+
+def test_other_gradients_pass_through_side_branches() -> None:
+    """The backward pass of what the layer ends with reads its output, which a change in place would have replaced."""
+
+    class Squashed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sigmoid()
+
+    model, x = nn.Sequential(Squashed(4, 6)), FEATURES.clone().requires_grad_()
+    branches, direction = low_rank_direction(model)
+    branches.factors = direction.factors
+    (expected,) = torch.autograd.grad((model(x) + x @ branches.bases["0"] @ direction.factors["0"].t()).sum(), x)
+    with branches.attached():
+        (found,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -51,7 +51,7 @@ def test_momentum_keeps_its_meaning_within_one_span() -> None:
 def test_adam_carries_both_moments_and_its_count() -> None:
     old, new = orthonormal(9, 3, 1), orthonormal(9, 2, 2)
     rule, state = Adam(), {}
-    rule(normal((3,), (4, 3)), state)
+    rule([normal((3,), (4, 3))], [state])
     mean = state["mean"] @ old.t() @ new
     rule.transport(state, change_of_basis(old, new))
     torch.testing.assert_close(state["mean"], mean, rtol=1e-4, atol=1e-5)

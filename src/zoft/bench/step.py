@@ -31,6 +31,7 @@ from zoft.train.optimizers import build
 PUBLISHED = "mezo-published"
 BATCHING = "+batching"  # after a method's name: all points of a step in one forward
 FORWARDS, BACKWARD, UPDATE, WHOLE = "forwards", "backward", "update", "whole"  # parts of a step
+BARE = "bare"  # no part of it: hooks that stay in the model while it trains, put in and taken out for the other rows
 PLAIN = "two plain forwards"
 
 Batch = dict[str, Tensor]
@@ -89,22 +90,25 @@ def training_step(method: str, model: Any, batch: Batch, settings: Mapping[str, 
 
 
 def _zero_order_step(method: str, optimizer: ZeroOrder, closure: Callable[[], Loss]) -> Step:
-    optimizer.branches.detach()
+    branches = optimizer.branches
+    branches.detach()
 
     def step(clock: Clock) -> None:
         def forward() -> Loss:
             with clock(FORWARDS):
                 return closure()
 
-        if optimizer.stays_attached:
-            optimizer.branches.attach()
+        with clock(BARE):
+            if optimizer.stays_attached:
+                branches.attach()
         try:
             optimizer.estimate(forward)
         except NoStream as error:
             raise UserError(f"method {method}: {error}") from error
         with clock(UPDATE):
             optimizer.step()
-        optimizer.branches.detach()
+        with clock(BARE):
+            branches.detach()
 
     return step
 
@@ -181,7 +185,7 @@ def take_turns(
             with clock(WHOLE):
                 rows[name](clock)
             if number:
-                found[name].whole += clock.parts.pop(WHOLE)
+                found[name].whole.append(sum(clock.parts.pop(WHOLE)) - sum(clock.parts.pop(BARE, [])))
                 found[name].parts.append(clock.parts)
     return found
 

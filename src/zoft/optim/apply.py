@@ -13,20 +13,25 @@ from zoft.optim.write import add_dense_, add_noise_
 if TYPE_CHECKING:
     from zoft.optim.optimizer import ZeroOrder
 
+LAYERS = 32  # moved together: as many have copies of their estimates at a time
+
 
 def apply(optimizer: ZeroOrder, estimate: Estimate) -> None:
     """Move everything that `optimizer` trains along the mean of what was added to `estimate`, by its update rule."""
     (group,) = optimizer.param_groups
     lr, decay = group["lr"], 1 - group["lr"] * group["weight_decay"]
-    for layer in optimizer.maps:
-        if layer.name not in estimate.factors:
-            continue
-        state = optimizer.updates.setdefault(layer.name, {})
-        move = optimizer.update(estimate.factors[layer.name] / estimate.count, state)
+    moved = [layer.name for layer in optimizer.maps if layer.name in estimate.factors]
+    for start in range(0, len(moved), LAYERS):
+        names = moved[start : start + LAYERS]
+        means = torch._foreach_div([estimate.factors[name] for name in names], estimate.count)
+        moves = optimizer.update(means, [optimizer.updates.setdefault(name, {}) for name in names])
         if optimizer.keeps_coefficients:
-            optimizer.coefficients[layer.name].mul_(decay).sub_(move, alpha=lr)
+            coefficients = [optimizer.coefficients[name] for name in names]
+            torch._foreach_mul_(coefficients, decay)
+            torch._foreach_add_(coefficients, moves, alpha=-lr)
         else:
-            optimizer.pending.add(layer.name, move * -lr, optimizer.bases[layer.name], decay)
+            for name, move in zip(names, torch._foreach_mul(moves, -lr), strict=True):
+                optimizer.pending.add(name, move, optimizer.bases[name], decay)
     optimizer.pending.end_step()
     if optimizer.pending.steps >= optimizer.fold_every:
         optimizer.fold()
@@ -40,7 +45,7 @@ def apply(optimizer: ZeroOrder, estimate: Estimate) -> None:
         else:
             gradient = torch.zeros_like(parameter, dtype=torch.float32)
             add_noise_(gradient, terms, ())
-            move = optimizer.update(gradient, optimizer.updates.setdefault(name, {}))
+            (move,) = optimizer.update([gradient], [optimizer.updates.setdefault(name, {})])
             add_dense_(parameter, move * -lr, rounding, shrink)
 
 

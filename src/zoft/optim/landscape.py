@@ -61,7 +61,8 @@ class Landscape:
     examples: Tensor | None = None  # of each sequence of the model's batch, where they are not the same
 
     def __post_init__(self) -> None:
-        self._randomness = _Randomness(devices_of(self.model))
+        accelerated = torch.accelerator.is_available()  # else a look at every parameter is saved
+        self._randomness = _Randomness(devices_of(self.model) if accelerated else set())
 
     @property
     def needs_clean(self) -> bool:
@@ -179,8 +180,10 @@ class _Moved:
         factors = [self._at(point, layer, basis, centre) for point in self.points]
         if len(factors) == 1:
             return factors[0]
-        sequences = max(len(factor) if factor.dim() == 3 else 1 for factor in factors)
-        return torch.cat([factor.expand(sequences, -1, -1) for factor in factors])
+        sequences = [len(factor) for factor in factors if factor.dim() == 3]
+        if not sequences:
+            return torch.stack(factors)
+        return torch.cat([factor.expand(sequences[0], -1, -1) for factor in factors])
 
     def _at(self, point: Point, layer: LinearMap, basis: Tensor, centre: Tensor | None) -> Tensor:
         direction, distance = point
@@ -190,7 +193,7 @@ class _Moved:
         left, examples = direction.left(layer, basis), self.landscape.examples
         if left.dim() == 3 and examples is not None:
             left = left[examples.to(left.device)]
-        return left * distance if centre is None else left * distance + centre
+        return left * distance if centre is None else torch.add(centre, left, alpha=distance)
 
 
 class _Randomness:

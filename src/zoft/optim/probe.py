@@ -22,6 +22,8 @@ from zoft.optim.layers import LinearMap, input_of, owners_of
 from zoft.optim.noise import Key, normal_chunks, normals
 from zoft.optim.pending import Sum
 
+ELEMENTS = 1 << 17  # of so many an activation is large: below, products in half precision take longer to set up
+
 
 @dataclass(frozen=True)
 class Direction:
@@ -145,11 +147,12 @@ class SideBranches:
 
     def _linear(self, name: str, x: Tensor, factor: Tensor, basis: Tensor, y: Tensor) -> Tensor:
         projected = self._project(x.to(y.device), basis).to(y.dtype)
+        y = y.clone() if y.requires_grad else y  # someone else's gradients: not every graph allows a change in place
         if factor.dim() == 3 and self._by_parts(name, projected):
             each, parts = projected.reshape(len(factor), -1, projected.shape[-1]), y.view(len(factor), -1, y.shape[-1])
             left = factor.transpose(1, 2).to(y.dtype)
-            return _plus_product(parts, each, left).view(y.shape)
-        return _plus_product(y, projected, self._one(factor).t().to(y.dtype))
+            return _add_product(parts, each, left).view(y.shape)
+        return _add_product(y, projected, self._one(factor).t().to(y.dtype))
 
     def _by_parts(self, name: str, x: Tensor) -> bool:
         """Whether the rows of `x` lie example by example."""
@@ -167,17 +170,19 @@ class SideBranches:
         """``x A``, computed once for layers that share both."""
         known = self._projected.get(x, dict)
         if id(basis) not in known:
-            known[id(basis)] = basis, x @ basis.to(x.dtype)  # the basis too: while it is held, its number is its own
+            small = x.numel() < ELEMENTS
+            dtype = torch.promote_types(x.dtype, torch.float32) if small else x.dtype
+            known[id(basis)] = basis, x.to(dtype) @ basis.to(dtype)  # while the basis is held, its number is its own
         return known[id(basis)][1]
 
 
-def _plus_product(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """``y + x factor``, [..., n, r] times [r, d] or as many of them as x has leading ones, without a temporary."""
-    if factor.shape[-2] == 1:
-        return torch.addcmul(y, x, factor)
+def _add_product(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """``y + x factor``, [..., n, r] times [r, d] or as many of them as x has leading ones; in place, where y can."""
+    if factor.shape[-2] == 1 and y.numel() < ELEMENTS:
+        return y.addcmul_(x, factor)
     if factor.dim() == 3:
-        return torch.baddbmm(y, x, factor)
-    return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), factor).view(y.shape)
+        return y.baddbmm_(x, factor)
+    return y.flatten(0, -2).addmm_(x.flatten(0, -2), factor).view(y.shape)
 
 
 @contextmanager

@@ -1,12 +1,16 @@
 """Third axis: what is done with the estimate?
 
-An update rule turns the estimate of one layer's left factor C [d_out, r] (or of a dense parameter) into a step of
-the same shape, and carries its state along when the layer's basis changes. `into` says where the steps go:
-``"weights"`` writes them into the weights, ``"coefficients"`` sums them beside the frozen weights (an adapter).
+An update rule turns estimates of layers' left factors C [d_out, r] (or of dense parameters) into steps of the same
+shapes, and carries a layer's state along when its basis changes. `into` says where the steps go: ``"weights"`` writes
+them into the weights, ``"coefficients"`` sums them beside the frozen weights (an adapter).
+
+Rules take several layers at once, in torch's ``_foreach`` functions, as torch's own optimizers do: the arithmetic is
+little, and the calls are what takes time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +18,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+Tensors = list[Tensor] | tuple[Tensor, ...]
 Into = Literal["weights", "coefficients"]
 
 
@@ -31,12 +36,16 @@ class SGD:
     def stateless(self) -> bool:
         return self.momentum == 0.0
 
-    def __call__(self, estimate: Tensor, state: State) -> Tensor:
-        """The step for `estimate`; updates `state` in place."""
+    def __call__(self, estimates: Tensors, states: Sequence[State]) -> Tensors:
+        """The step for each of `estimates`; updates their `states` in place."""
         if self.stateless:
-            return estimate
-        mean = state.setdefault("mean", estimate.new_zeros(estimate.shape))
-        return mean.mul_(self.momentum).add_(estimate, alpha=1 - self.momentum)
+            return estimates
+        for estimate, state in zip(estimates, states, strict=True):
+            state.setdefault("mean", torch.zeros_like(estimate))
+        means = [state["mean"] for state in states]
+        torch._foreach_mul_(means, self.momentum)
+        torch._foreach_add_(means, estimates, alpha=1 - self.momentum)
+        return means
 
     def transport(self, state: State, change: Tensor) -> None:
         """Express `state` in a new basis: a factor C becomes ``C P``, P = `change` [r_old, r_new]."""
@@ -61,19 +70,23 @@ class Adam:
         for beta in self.betas:
             _check_unit("betas", beta)
 
-    def __call__(self, estimate: Tensor, state: State) -> Tensor:
-        """The step for `estimate`; updates `state` in place."""
-        if not state:
-            state.update(
-                mean=estimate.new_zeros(estimate.shape),
-                square=estimate.new_zeros(estimate.shape),
-                steps=torch.zeros(()),  # on the CPU: reading it waits for no device
-            )
+    def __call__(self, estimates: Tensors, states: Sequence[State]) -> Tensors:
+        """The step for each of `estimates`; updates their `states` in place."""
+        for estimate, state in zip(estimates, states, strict=True):
+            if not state:
+                state["mean"], state["square"] = torch.zeros_like(estimate), torch.zeros_like(estimate)
+                state["steps"] = torch.zeros(())  # on the CPU: reading it waits for no device
         first, second = self.betas
-        steps = int(state["steps"].add_(1))
-        mean = state["mean"].lerp_(estimate, 1 - first) / (1 - first**steps)
-        square = state["square"].lerp_(estimate.square(), 1 - second) / (1 - second**steps)
-        return mean.div_(square.sqrt_().add_(self.eps))
+        means, squares = ([state[name] for state in states] for name in ("mean", "square"))
+        steps = [int(state["steps"].add_(1)) for state in states]
+        torch._foreach_lerp_(means, estimates, 1 - first)
+        torch._foreach_lerp_(squares, torch._foreach_mul(estimates, estimates), 1 - second)
+        moves = torch._foreach_div(means, [1 - first**step for step in steps])
+        sizes = torch._foreach_div(squares, [1 - second**step for step in steps])
+        torch._foreach_sqrt_(sizes)
+        torch._foreach_add_(sizes, self.eps)
+        torch._foreach_div_(moves, sizes)
+        return moves
 
     def transport(self, state: State, change: Tensor) -> None:
         """Express `state` in a new basis P = `change` [r_old, r_new]; squares as if coordinates were independent."""
