@@ -56,9 +56,11 @@ def test_a_residual_stream_is_guided(train: Callable[..., Outcome], tmp_path: Pa
 def test_guided_has_its_rate_from_the_model(
     train: Callable[..., Outcome], zoft: Callable[..., Outcome], data: Path, tmp_path: Path
 ) -> None:
-    """The same for auto and for its name; larger where layers give more, for which a step of the same size is less."""
+    """The same for auto and for its name; larger where a step of the same size is less: of fewer coefficients, or
+    in layers that give more."""
     assert train().code == 0
     assert train("--method", "guided", "--lr", "auto", out=tmp_path / "named").code == 0
+    assert train("--method", "guided", "--lr", "auto", "-o", "rank=1", out=tmp_path / "narrow").code == 0
     assert train("--lr", "2e-3", out=tmp_path / "given").code == 0
     louder = make_model()
     for name, weight in louder.named_parameters():
@@ -68,9 +70,10 @@ def test_guided_has_its_rate_from_the_model(
     TOKENIZER.save_pretrained(tmp_path / "louder")
     command = ("train", tmp_path / "louder", "--task", "sst2", "--data", data, *FEW)
     assert zoft(*command, "--out", tmp_path / "of louder").code == 0
-    usual, named, given, larger = (settled(tmp_path / name).lr for name in ("run", "named", "given", "of louder"))
+    usual, named, given = (settled(tmp_path / name).lr for name in ("run", "named", "given"))
+    narrow, louder_ones = (settled(tmp_path / name).lr for name in ("narrow", "of louder"))
     assert usual == named and given == 2e-3
-    assert larger >= 3 * usual
+    assert narrow > usual and louder_ones >= 3 * usual
 
 
 @pytest.mark.parametrize("measured, expected", [(0.0123456, 0.012), (None, 1e-3)])

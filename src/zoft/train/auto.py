@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from zoft.errors import UserError
-from zoft.optim import EstimateWarning, Guided, NoLinearLayers, NoStream
+from zoft.optim import EstimateWarning, NoLinearLayers, NoStream
 from zoft.optim.landscape import Closure
 from zoft.train.config import TrainConfig
 from zoft.train.diagnosis import Diagnosis, diagnose
-from zoft.train.optimizers import AUTO, zero_order_of
+from zoft.train.optimizers import AUTO, METHODS, zero_order_of
 from zoft.train.rate import guided_rate
 
 BATCHES = 8  # looked at, at most
@@ -51,7 +51,7 @@ def settle(
     if config.method == AUTO:
         unset: dict[str, Any] = {name: AUTO for name in ("lr", "eps") if getattr(config, name) is None}
         try:
-            lr = _guided_lr(unset.get("lr", config.lr), model, closures[0])
+            lr = _guided_lr(replace(config, **unset), model, closures[0])
             return replace(config, method="guided", lr=lr, eps=None if config.eps == AUTO else config.eps), None
         except (NoLinearLayers, NoStream):
             config = replace(config, method="zo-act", **unset)
@@ -59,7 +59,7 @@ def settle(
         return config, None
     if config.method == "guided" and config.eps != AUTO:
         try:
-            return replace(config, lr=_guided_lr(config.lr, model, closures[0])), None
+            return replace(config, lr=_guided_lr(config, model, closures[0])), None
         except ValueError as error:
             raise UserError(f"method guided, lr auto: {error}") from error
     if len(closures) < 2:
@@ -75,18 +75,18 @@ def settle(
     return replace(config, eps=found.eps if config.eps == AUTO else config.eps), found
 
 
-def _guided_lr(lr: Any, model: Any, closure: Closure) -> float | None:
-    """`lr`, measured if it is to be; None where the loss is not finite: then training will say so.
+def _guided_lr(config: TrainConfig, model: Any, closure: Closure) -> Any:
+    """The lr of `config`, measured if it is to be; None where the loss is not finite: then training will say so.
 
     Raises:
         NoLinearLayers, NoStream: guided cannot train the model.
     """
-    optimizer = Guided(model)
+    optimizer = METHODS["guided"](model, **config.method_options)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EstimateWarning)
             optimizer.estimate(closure)
-        return guided_rate(optimizer, closure) if lr == AUTO else lr
+        return guided_rate(optimizer, closure) if config.lr == AUTO else config.lr
     finally:
         optimizer.branches.detach()
 

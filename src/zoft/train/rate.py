@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoft.optim import Guided
+from zoft.optim import ZeroOrder
 from zoft.optim.capture import Tokens
 from zoft.optim.landscape import Closure
 from zoft.optim.layers import input_of
@@ -26,7 +26,7 @@ from zoft.optim.layers import input_of
 CHANGE = 1e-2  # of a layer's output, by one step: 1e-3 for SmolLM2-135M, on all nine tasks that it was tried on
 
 
-def guided_rate(optimizer: Guided, closure: Closure) -> float | None:
+def guided_rate(optimizer: ZeroOrder, closure: Closure) -> float | None:
     """The rate at which a step of `optimizer` changes the output of the median layer by `CHANGE`.
 
     At the positions that the loss reads. `optimizer` has made an estimate, for which it took its bases; `closure` is
