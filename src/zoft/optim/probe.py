@@ -22,7 +22,7 @@ from zoft.optim.layers import LinearMap, input_of, owners_of
 from zoft.optim.noise import Key, normal_chunks, normals
 from zoft.optim.pending import Sum
 
-ELEMENTS = 1 << 17  # of so many an activation is large: below, products in half precision take longer to set up
+LARGE = 1 << 17  # elements of an activation: below, products in half precision take longer to set up than to compute
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class SideBranches:
         """``x A``, computed once for layers that share both."""
         known = self._projected.get(x, dict)
         if id(basis) not in known:
-            small = x.numel() < ELEMENTS
+            small = x.numel() < LARGE
             dtype = torch.promote_types(x.dtype, torch.float32) if small else x.dtype
             known[id(basis)] = basis, x.to(dtype) @ basis.to(dtype)  # while the basis is held, its number is its own
         return known[id(basis)][1]
@@ -178,7 +178,7 @@ class SideBranches:
 
 def _add_product(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     """``y + x factor``, [..., n, r] times [r, d] or as many of them as x has leading ones; in place, where y can."""
-    if factor.shape[-2] == 1 and y.numel() < ELEMENTS:
+    if factor.shape[-2] == 1 and y.numel() < LARGE:
         return y.addcmul_(x, factor)
     if factor.dim() == 3:
         return y.baddbmm_(x, factor)
