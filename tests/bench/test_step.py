@@ -33,7 +33,7 @@ def test_all_rows_run_equally_often_and_in_turns() -> None:
     "method, passes",
     [
         ("agzo", 2),
-        ("agzo+batching", 2),
+        ("agzo+rank=2+probe_batching=true", 2),
         ("zo-act", 2),
         ("lozo", 2),
         ("mezo", 2),

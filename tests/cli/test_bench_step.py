@@ -45,11 +45,12 @@ def test_one_method(step: Callable[..., Outcome]) -> None:
 
 
 def test_several_methods(step: Callable[..., Outcome]) -> None:
-    found = step("--method", "guided, mezo-published", "--method", "fo-adamw", "--json").json()
-    assert list(found["methods"]) == ["guided", "mezo-published", "fo-adamw"] and found["length"] == 32
+    found = step("--method", "guided, mezo-published", "--method", "agzo+probes=3,fo-adamw", "--json").json()
+    assert list(found["methods"]) == ["guided", "mezo-published", "agzo+probes=3", "fo-adamw"] and found["length"] == 32
     assert all(facts.keys() >= FACTS for facts in found["methods"].values())
     assert len({facts["seconds_two_forwards"] for facts in found["methods"].values()}) == 1
     assert found["methods"]["guided"]["forwards_per_step"] == 1
+    assert found["methods"]["agzo+probes=3"]["forwards_per_step"] == 4
 
 
 def test_table(step: Callable[..., Outcome]) -> None:
@@ -68,7 +69,11 @@ def test_rows_of_a_task(step: Callable[..., Outcome], data: Path) -> None:
     "flags, message",
     [
         (["--method", "agz"], "did you mean agzo?"),
+        (["--method", "agzo+rnk=4"], "did you mean rank?"),
+        (["--method", "agzo+rank=four"], "rank must be of type int"),
+        (["--method", "agzo+rank"], "not of the form name=value"),
         (["--method", "lora"], "zoft bench memory has it"),
+        (["--method", "lora+rank=4"], "zoft bench memory has it"),
         (["--method", ","], "',' names no method"),
         (["--length", 300], "the model takes 256 tokens; 300 are too many"),
         (["--task", "sst2", "--length", 8], "--length is for random tokens"),

@@ -111,9 +111,7 @@ def test_side_branches_compute_what_moved_weights_would(name: str) -> None:
 
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("large", [0, 1 << 30], ids=["large", "small"])
-def test_large_and_small_activations_are_computed_alike(
-    rank: int, large: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_and_small_activations_are_computed_alike(rank: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zoft.optim.probe.LARGE", large)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     assert_side_branches_are_moved_weights(model, lambda: model(FEATURES), rank)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from zoft.bench.process import run_zoft
-from zoft.bench.step import Clock, forwards, training_step
+from zoft.bench.step import Clock, forwards, training_step, with_options
 from zoft.train.batches import random_batch
 from zoft.train.config import TrainConfig
 from zoft.train.memory import peak_memory_bytes, reset_peak_memory
@@ -38,7 +38,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Point:
-    """What one process measures: `row` is a method, a first-order one with `CHECKPOINTED` after it, or `INFERENCE`."""
+    """What one process measures.
+
+    `row` is a method, with options if need be (`zoft.bench.step.with_options`), a first-order one with `CHECKPOINTED`
+    after it, or `INFERENCE`.
+    """
 
     model: str
     row: str
@@ -52,8 +56,9 @@ class Point:
         the dtype in which weights are held."""
         method = self.row.removesuffix(CHECKPOINTED)
         settings: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "device": self.device}
-        first_order = method in FIRST_ORDER
-        dtype = TrainConfig(**settings, method=method).weights_dtype if first_order else self.dtype
+        name, _ = with_options(method)
+        first_order = name in FIRST_ORDER
+        dtype = TrainConfig(**settings, method=name).weights_dtype if first_order else self.dtype
         model: Any = load_model(self.model, dtype=dtype, device=self.device)[0]
         batch, clock = random_batch(model, self.batch_size, self.length), Clock(model.device)
         forwards(model, random_batch(model, 1, 1), 1)(clock)
@@ -89,7 +94,12 @@ class Point:
 
 def with_checkpointing(methods: Sequence[str]) -> list[str]:
     """The rows of `methods`, first-order ones with gradient checkpointing as well."""
-    return [row for name in methods for row in ((name, name + CHECKPOINTED) if name in FIRST_ORDER else (name,))]
+    rows = []
+    for method in methods:
+        rows.append(method)
+        if with_options(method)[0] in FIRST_ORDER:
+            rows.append(method + CHECKPOINTED)
+    return rows
 
 
 def compare(

@@ -24,12 +24,12 @@ from zoft.bench.published import PublishedMeZO
 from zoft.data import losses, read_logits
 from zoft.errors import UserError
 from zoft.optim import Loss, NoStream, ZeroOrder
+from zoft.options import parse_options
 from zoft.train.batches import task_closures
 from zoft.train.config import TrainConfig
 from zoft.train.optimizers import build
 
 PUBLISHED = "mezo-published"
-BATCHING = "+batching"  # after a method's name: all points of a step in one forward
 FORWARDS, BACKWARD, UPDATE, WHOLE = "forwards", "backward", "update", "whole"  # parts of a step
 BARE = "bare"  # no part of it: hooks that stay in the model while it trains, put in and taken out for the other rows
 PLAIN = "two plain forwards"
@@ -59,6 +59,12 @@ class Clock:
 Step = Callable[[Clock], None]
 
 
+def with_options(method: str) -> tuple[str, dict[str, Any]]:
+    """A method's name and options, of ``agzo+rank=4+power_steps=1``."""
+    name, *options = method.split("+")
+    return name, parse_options(options)
+
+
 def forwards(model: Any, batch: Batch, count: int) -> Step:
     """`count` plain forwards."""
 
@@ -73,14 +79,14 @@ def forwards(model: Any, batch: Batch, count: int) -> Step:
 def training_step(method: str, model: Any, batch: Batch, settings: Mapping[str, Any]) -> Step:
     """A step of `method` on `batch`, as `zoft train` makes it with `settings`; between steps the model is bare.
 
+    `method` may have options, as `with_options` reads them.
+
     Raises:
         UserError: there is no such method, or it refuses the model (which the first step may find out).
     """
     if method == PUBLISHED:
         return _published_step(PublishedMeZO(model), model, batch)
-    name, options = method.removesuffix(BATCHING), {}
-    if name != method:
-        options["probe_batching"] = True
+    name, options = with_options(method)
     config = TrainConfig(**settings, method=name, method_options=options)
     network, optimizer = build(config, model)
     (closure,) = task_closures(network, [batch])

@@ -11,6 +11,7 @@ import typer
 
 from zoft.cli import common
 from zoft.errors import UserError
+from zoft.options import parse_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +53,7 @@ def align(
     from zoft.data import load_rows, load_task, sample
     from zoft.train import load_model, task_batches, task_closures
 
-    options = common.parse_options(option or [])
+    options = parse_options(option or [])
     chosen = _methods(methods, options, {"seed": seed, "lr": 0.0} | ({"eps": eps} if eps is not None else {}))
     console, description = common.console(quiet=as_json), load_task(task)
     rows = sample(load_rows(description, data, "train"), batches * batch_size, seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import sys
 import warnings
@@ -85,24 +84,3 @@ def require_plot(path: Path | None) -> None:
     """Raises UserError if a plot cannot be saved there."""
     if path is not None and not (path.parent.is_dir() and path.suffix in (".png", ".svg", ".pdf")):
         raise UserError(f"cannot save a plot as {path}: give a .png, .svg or .pdf file in a folder that exists")
-
-
-def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """``rank=4`` as ``{"rank": 4}``; what is no Python literal is text."""
-    options = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"option {pair!r} is not of the form name=value")
-        options[name.strip()] = _literal(value.strip())
-    return options
-
-
-def _literal(text: str) -> Any:
-    plain = {"true": True, "false": False, "none": None}
-    if text.lower() in plain:
-        return plain[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

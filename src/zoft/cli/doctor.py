@@ -11,6 +11,7 @@ import typer
 
 from zoft.cli import common
 from zoft.errors import UserError
+from zoft.options import parse_options
 
 if TYPE_CHECKING:
     from zoft.train.diagnosis import Diagnosis
@@ -64,7 +65,7 @@ def doctor(
         task=task,
         data=str(data) if data else None,
         method=method,
-        method_options=common.parse_options(option or []),
+        method_options=parse_options(option or []),
         batch_size=batch_size,
         seed=seed,
         template=template,

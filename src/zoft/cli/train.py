@@ -12,6 +12,7 @@ import typer
 
 from zoft.cli import common
 from zoft.errors import UserError
+from zoft.options import parse_options
 
 
 def train(
@@ -80,7 +81,7 @@ def train(
         "steps": steps,
         "lr": lr,
         "eps": eps,
-        "method_options": common.parse_options(option or []),
+        "method_options": parse_options(option or []),
         "batch_size": batch_size,
         "accumulate": accumulate,
         "schedule": schedule,

@@ -20,7 +20,10 @@ METHODS = "agzo,zo-act,guided,lozo,mezo,fo-sgd,fo-adamw,lora"
 def memory(
     model: common.Model,
     methods: Annotated[
-        str, typer.Option(help="Names, separated by commas; see *zoft methods*. mezo-published, too.")
+        str,
+        typer.Option(
+            help="Names, separated by commas; see *zoft methods*. mezo-published, too. With options: agzo+rank=4."
+        ),
     ] = METHODS,
     lengths: Annotated[str, typer.Option(help="Tokens of an example, separated by commas.")] = "128,512,2048",
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in the batch.")] = 1,
@@ -54,16 +57,18 @@ def memory(
 
 
 def parse_methods(text: str) -> list[str]:
-    """The methods named in ``a, b``. Raises UserError if there are none, or one is unknown."""
-    from zoft.bench.step import BATCHING, PUBLISHED
-    from zoft.train.optimizers import require_method
+    """The methods named in ``a, b``. Raises UserError if there are none, or one or an option of it is unknown."""
+    from zoft.bench.step import PUBLISHED, with_options
+    from zoft.train.optimizers import method_options, require_method
 
     names = common.parse_names(text)
     if not names:
         raise UserError(f"{text!r} names no method")
     for name in names:
         if name != PUBLISHED:
-            require_method(name.removesuffix(BATCHING))
+            method, options = with_options(name)
+            require_method(method)
+            method_options(method, options)
     return names
 
 

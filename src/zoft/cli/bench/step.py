@@ -23,8 +23,8 @@ def step(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="Names, separated by commas, or repeatable; mezo-published, fo-sgd and fo-adamw, too. +batching after "
-            "one: its step in one forward."
+            help="Names, separated by commas, or repeatable; mezo-published, fo-sgd and fo-adamw, too. With options: "
+            "agzo+rank=4."
         ),
     ] = None,
     task: common.TaskName = None,
@@ -52,11 +52,11 @@ def step(
     import torch
 
     from zoft.bench.memory import compare
-    from zoft.bench.step import time_steps
+    from zoft.bench.step import time_steps, with_options
     from zoft.train import load_model
 
     names = parse_methods(",".join(method or ["agzo"]))
-    if "lora" in names:
+    if "lora" in (with_options(name)[0] for name in names):
         raise UserError("lora changes the model that all methods share here; zoft bench memory has it")
     console = common.console(quiet=as_json)
     network, tokenizer = load_model(model, dtype=dtype or "auto", device=device)
