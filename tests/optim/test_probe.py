@@ -133,6 +133,37 @@ def test_other_gradients_pass_through_side_branches() -> None:
     torch.testing.assert_close(found, expected)
 
 
+class Keeping(nn.Linear):
+    """A layer that computes its output once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "kept"):
+            self.kept = super().forward(x)
+        return self.kept
+
+
+class Spreading(nn.Linear):
+    """A layer whose output is one row of memory for all places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :1]).expand(-1, x.shape[1], -1)
+
+
+@pytest.mark.parametrize("kind", [Keeping, Spreading])
+def test_outputs_that_are_not_the_hooks_to_change(kind: type[nn.Linear]) -> None:
+    layer = kind(4, 6)
+    model = nn.Sequential(layer)
+    branches, direction = low_rank_direction(model)
+    branches.factors = direction.factors
+    with torch.no_grad():
+        before = model(FEATURES).clone()
+        with branches.attached():
+            probed = model(FEATURES)
+        assert torch.equal(model(FEATURES), before)
+    added = FEATURES @ branches.bases["0"] @ direction.factors["0"].t()
+    torch.testing.assert_close(probed, before + added)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_side_branches_compute_what_moved_weights_would_in_language_models(name: str) -> None:
     model, batch = ARCHITECTURES[name][0](), token_batch()

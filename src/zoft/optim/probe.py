@@ -125,14 +125,19 @@ class SideBranches:
 
     def _hook(self, name: str, module: nn.Module) -> Callable[..., Tensor | None]:
         add = self._lookup if isinstance(module, nn.Embedding) else self._linear
+        # Others may return a tensor that they keep, or a view, which is not to be changed in place.
+        fresh = isinstance(module, nn.Embedding) or type(module).forward is nn.Linear.forward
 
         def branch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             factor, basis, pending = self.factors.get(name), self.basis(name), self.pending.get(name)
-            if pending is not None:
-                y = add(name, input_of(args, kwargs), pending.left, pending.right, y)
-            if factor is None or basis is None:
-                return None if pending is None else y
-            return add(name, input_of(args, kwargs), factor, basis, y)
+            terms = [] if pending is None else [(pending.left, pending.right)]
+            if factor is not None and basis is not None:
+                terms.append((factor, basis))
+            if terms and (y.requires_grad or not fresh):  # a backward pass of someone else may read y
+                y = y.clone(memory_format=torch.contiguous_format)
+            for left, right in terms:
+                y = add(name, input_of(args, kwargs), left, right, y)
+            return y if terms else None
 
         return branch
 
@@ -147,7 +152,6 @@ class SideBranches:
 
     def _linear(self, name: str, x: Tensor, factor: Tensor, basis: Tensor, y: Tensor) -> Tensor:
         projected = self._project(x.to(y.device), basis).to(y.dtype)
-        y = y.clone() if y.requires_grad else y  # someone else's gradients: not every graph allows a change in place
         if factor.dim() == 3 and self._by_parts(name, projected):
             each, parts = projected.reshape(len(factor), -1, projected.shape[-1]), y.view(len(factor), -1, y.shape[-1])
             left = factor.transpose(1, 2).to(y.dtype)
@@ -177,7 +181,7 @@ class SideBranches:
 
 
 def _add_product(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """``y + x factor``, [..., n, r] times [r, d] or as many of them as x has leading ones; in place, where y can."""
+    """``y + x factor``, in place; [..., n, r] times [r, d] or as many of them as x has leading ones."""
     if factor.shape[-2] == 1 and y.numel() < LARGE:
         return y.addcmul_(x, factor)
     if factor.dim() == 3:
