@@ -114,4 +114,4 @@ def _reached(layers: int) -> set[str]:
     with torch.no_grad():
         stream = find_stream(twin, lambda: twin(input_ids=torch.arange(8).view(1, -1)))
     assert stream is not None
-    return stream.reached(feed_forward=True)
+    return stream.reached(feed_forward=True, attention=False)

@@ -1,11 +1,12 @@
 """The guided left factor: the stream is found, and the estimate is autograd's gradient without the ways it neglects."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     CohereConfig,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from zoft.optim import Guided, Loss, cross_entropy
+from zoft.optim.attention import attended
 from zoft.optim.stream import NoStream, Stream, find_stream
 from zoft.optim.transpose import Norm, slope_of
 
@@ -34,7 +36,6 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "phi": lambda: build(PhiConfig(**SIZES, intermediate_size=48)),
     "mixtral": lambda: build(MixtralConfig(**GROUPED, num_local_experts=2)),
 }
-ATTENTION = ("self_attn", "attn", "attention")  # the attention modules' names in these architectures
 
 
 def closure_of(model: nn.Module, batch: dict[str, Tensor], **options: int) -> Callable[[], Loss]:
@@ -66,6 +67,33 @@ def detached(model: nn.Module, kinds: tuple[str, ...]) -> Iterator[None]:
     inner = [m for name, m in model.named_modules() if name.rpartition(".")[2] in kinds]
     assert inner
     handles = [m.register_forward_pre_hook(cut, with_kwargs=True) for m in inner]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def fixed_pattern(values: bool = True) -> Iterator[None]:
+    """While open, no gradient flows through queries and keys; nor, unless `values`, through the values."""
+    attention = F.scaled_dot_product_attention
+
+    def fixed(query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> Tensor:
+        value = value if values else value.detach()
+        return attention(query.detach(), key.detach(), value, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", fixed)
+        yield
+
+
+@contextmanager
+def only_final_rows(model: PreTrainedModel, count: int) -> Iterator[None]:
+    """While open, no gradient flows from a block to the one before, but at the final `count` positions."""
+
+    def cut(module: nn.Module, args: tuple) -> tuple:
+        return torch.cat((args[0][:, :-count].detach(), args[0][:, -count:]), dim=1), *args[1:]
+
+    handles = [layer.register_forward_pre_hook(cut) for layer in model.model.layers]
     yield
     for handle in handles:
         handle.remove()
@@ -187,23 +215,27 @@ def test_cross_entropy_knows_its_slope(kept: int | None) -> None:
 # --- the estimate ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_it_is_the_gradient_without_the_way_through_attention(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_it_is_the_gradient_with_the_pattern_of_attention_fixed(
+    name: str, dtype: torch.dtype, tolerance: float, attention: bool
+) -> None:
+    """All positions are read, so nothing else is neglected."""
     model = BUILDERS[name]().to(dtype)
     if name == "opt":  # a central difference is not the slope at a kink
         for layer in model.model.decoder.layers:
             layer.activation_fn, tolerance = nn.GELU(), max(tolerance, 1e-3)
-    optimizer, closure = Guided(model, rank=64), closure_of(model, token_batch())
+    optimizer, closure = Guided(model, rank=64, attention=attention), closure_of(model, token_batch())
     found = estimated(optimizer, closure)
     optimizer.branches.detach()
-    blocked = (*ATTENTION, "mlp") if name == "mixtral" else ATTENTION
-    with detached(model, blocked):
+    with detached(model, ("mlp",)) if name == "mixtral" else nullcontext(), fixed_pattern(attention):
         expected = gradient(optimizer, closure)
     stream = stream_of(model)
     inner = [w.feed_forward for block in stream.blocks for w in block.writers if w.feed_forward]
     within = [m.name for f in inner for m in (f.gate, f.up) if m is not None]
-    assert found.keys() == {*names(stream), *within}
+    values = [w.attention.values.name for w in stream.writers if w.attention] if attention else []
+    assert found.keys() == {*names(stream), *within, *values} and len(values) == 2 * attention
     assert {name: e for name in found if (e := error(found[name], expected[name])) > tolerance} == {}
 
 
@@ -223,7 +255,8 @@ def test_two_passes_keep_nothing_and_find_the_same(name: str, into: str) -> None
     """The second pass takes what the first one has kept, and the basis may come from the first."""
     model = BUILDERS[name]()
     closure = closure_of(model, token_batch())
-    one, two = (Guided(model, rank=8, into=into, feed_forward=False, two_pass=passes) for passes in (False, True))
+    options = {"rank": 8, "into": into, "feed_forward": False}
+    one, two = (Guided(model, **options, two_pass=passes) for passes in (False, True))
     expected, found = estimated(one, closure), estimated(two, closure)
     assert found.keys() == expected.keys() and (one.counters.forwards, two.counters.forwards) == (1, 2)
     for factor in found:
@@ -231,21 +264,63 @@ def test_two_passes_keep_nothing_and_find_the_same(name: str, into: str) -> None
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()) or into == "coefficients"
 
 
-def test_two_passes_cannot_go_through_feed_forward_parts() -> None:
-    with pytest.raises(ValueError, match="feed_forward=False"):
-        Guided(llama(), two_pass=True)
+@pytest.mark.parametrize("options", [{}, {"feed_forward": False, "attention": True}])
+def test_two_passes_cannot_go_through_the_blocks(options: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match="feed_forward=False, and leave attention out"):
+        Guided(llama(), two_pass=True, **options)
 
 
 def test_coefficients_already_trained_are_part_of_the_way_back() -> None:
     model = llama()
-    optimizer, closure = Guided(model, rank=64, lr=0.01), closure_of(model, token_batch())
+    optimizer, closure = Guided(model, rank=64, lr=0.01, attention=True), closure_of(model, token_batch())
     for _ in range(3):
         optimizer.step(closure)
     assert max(float(c.abs().max()) for c in optimizer.coefficients.values()) > 0.01
     found = estimated(optimizer, closure)
-    with detached(model, ("self_attn",)):
+    with fixed_pattern():
         expected = gradient(optimizer, closure)  # the side branches are in the model
     assert all(error(found[name], expected[name]) < 1e-3 for name in found)
+
+
+def test_the_error_goes_to_rows_that_the_loss_reads_only() -> None:
+    """And the values of all rows count. Padding is on the left; the first rows read by an example may be padding."""
+    model, batch = llama(), {name: tensor.flip(1) for name, tensor in token_batch().items()}
+    batch["labels"][:, :-3] = -100
+    closure = closure_of(model, batch, logits_to_keep=4)
+    optimizer = Guided(model, rank=64, attention=True)
+    optimizer.set_bases({m.name: torch.eye(m.d_in) for m in optimizer.maps})  # values have inputs at other rows too
+    found = estimated(optimizer, closure)
+    with fixed_pattern(), only_final_rows(model, 4):
+        expected = gradient(optimizer, closure)
+    assert any("v_proj" in name for name in found)
+    assert {name: e for name in found if (e := error(found[name], expected[name])) > 1e-3} == {}
+
+
+def test_attention_weights_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    closure, optimizer = closure_of(model, token_batch()), Guided(model, rank=8, attention=True)
+    whole = estimated(optimizer, closure)
+    monkeypatch.setattr("zoft.optim.attention.LARGE", 1)
+    parts = estimated(optimizer, closure)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name])
+
+
+def test_attention_that_is_computed_otherwise_is_not_gone_through() -> None:
+    model = llama(attn_implementation="eager")
+    closure, none = closure_of(model, token_batch()), Guided(llama(), rank=8)
+    found = estimated(Guided(model, rank=8, attention=True), closure)
+    assert found.keys() == estimated(none, closure_of(none.model, token_batch())).keys()
+
+
+def test_attention_is_seen_only_while_it_is_looked_at() -> None:
+    before, calls = F.scaled_dot_product_attention, []
+    x = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ZeroDivisionError), attended(calls.append):
+        F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        raise ZeroDivisionError
+    assert len(calls) == 1 and calls[0].causal and calls[0].scale == 0.5
+    assert F.scaled_dot_product_attention is before
 
 
 def test_only_what_the_loss_reads_is_read() -> None:
@@ -256,18 +331,21 @@ def test_only_what_the_loss_reads_is_read() -> None:
     estimates = []
     for options in ({}, {"logits_to_keep": 3}):
         model = llama()
-        estimates.append(estimated(Guided(model, rank=64), closure_of(model, batch, **options)))
+        optimizer = Guided(model, rank=64)
+        estimates.append(estimated(optimizer, closure_of(model, batch, **options)))
     whole, part = estimates
     for name in whole:
         torch.testing.assert_close(part[name], whole[name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("feed_forward", [True, False])
-def test_what_it_does_not_reach_has_no_coefficients(feed_forward: bool) -> None:
+@pytest.mark.parametrize("attention", [True, False])
+def test_what_it_does_not_reach_has_no_coefficients(feed_forward: bool, attention: bool) -> None:
     model = llama()
-    optimizer = Guided(model, rank=4, feed_forward=feed_forward)
+    optimizer = Guided(model, rank=4, feed_forward=feed_forward, attention=attention)
     optimizer.step(closure_of(model, token_batch()))
     ends = {"o_proj", "down_proj"} | ({"gate_proj", "up_proj"} if feed_forward else set())
+    ends |= {"v_proj"} if attention else set()
     assert {name.rpartition(".")[2] for name in optimizer.coefficients} == ends
     assert optimizer.bases.keys() == optimizer.coefficients.keys()
     assert {m.name for m in optimizer.branches.active} == optimizer.coefficients.keys()

@@ -154,6 +154,15 @@ class Tokens:
         places = self._read[:, 0] * x.shape[1] + self._read[:, 1] - (length - x.shape[1])
         return x.detach().flatten(0, 1).index_select(0, places.to(x.device))
 
+    def window(self, batch: int, length: int) -> tuple[Tensor, int] | None:
+        """The examples and places that the loss reads, int64 [rows, 2], and how many final places hold them all.
+
+        Places are counted from the first of those. None if the tokens are not `batch` times `length`.
+        """
+        if self._read is None or self._shape != (batch, length):
+            return None
+        return self._read - self._read.new_tensor([0, self._first]), length - self._first
+
 
 @contextmanager
 def captured(

@@ -7,9 +7,14 @@ its input x into the stream, ``G ~ sum over positions of e x^T``, and its coeffi
 ``C = sum of e (x A)^T``. Where a block's feed-forward part is known in closed form, the error is carried through it as
 well, which gives its inner matrices their factors and corrects the error for the blocks before.
 
-What is neglected is the way through attention: the error at other positions, and its change at the same one. The
-estimate is therefore biased, but needs no probe: one forward pass. It is white-box (weights of the head and of the
-feed-forward parts are read, transposed) and asks the loss for its slope at the logits; no gradient is recorded.
+With its pattern held fixed, attention is a linear map of the values (`zoft.optim.attention`): if it is asked for, the
+matrices that make them have factors too, from the inputs of all positions, and the error is carried through it to
+other positions that the loss reads.
+
+What is neglected is the rest of the way through attention: the error at positions that the loss does not read, and how
+the pattern changes. The estimate is therefore biased, but needs no probe: one forward pass. It is white-box (weights of
+the head and within the blocks are read, transposed) and asks the loss for its slope at the logits; no gradient is
+recorded.
 
 Relatives: feedback alignment (Lillicrap et al. 2016) and direct feedback alignment (Nøkland 2016) send errors back
 through fixed matrices; the logit lens (nostalgebraist 2020) reads the stream through the head in the other direction.
@@ -23,13 +28,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from zoft.optim.attention import Attended, Pattern, attended
 from zoft.optim.capture import Tokens
 from zoft.optim.estimator import Estimate
 from zoft.optim.landscape import Landscape
 from zoft.optim.layers import LinearMap, input_of
-from zoft.optim.stream import Stream, Writer, find_stream
+from zoft.optim.stream import Attention, Stream, Writer, find_stream
 from zoft.optim.transpose import transposed_product
 
 
@@ -38,21 +45,26 @@ class Guided:
     """Left factors from the output error, by one clean forward pass.
 
     `feed_forward` carries the error through the feed-forward parts, exactly, and gives their inner matrices factors
-    too; without it only the matrices that write into the stream have them, and the stream counts as the identity.
-    Then the error is the same for all of them, and with `two_pass` it is known before a second pass, in which each
-    factor is taken as its layer is called: nothing is kept per layer. The closure must return a `Loss`.
+    too; `attention` does so for attention, its pattern held fixed, and the matrices that make its values (where torch's
+    ``scaled_dot_product_attention`` computes it). Without both only the matrices that write into the stream have
+    factors, and the stream counts as the identity. Then the error is the same for all of them, and with `two_pass` it
+    is known before a second pass, in which each factor is taken as its layer is called: nothing is kept per layer. The
+    closure must return a `Loss`.
 
     Raises:
-        ValueError: `two_pass` with `feed_forward`.
+        ValueError: `two_pass` with `feed_forward` or `attention`.
     """
 
     feed_forward: bool = True
+    attention: bool = False
     two_pass: bool = False
     _stream: Stream | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.two_pass and self.feed_forward:
-            raise ValueError("two_pass keeps nothing to go through feed-forward parts with: set feed_forward=False")
+        if self.two_pass and (self.feed_forward or self.attention):
+            raise ValueError(
+                "two_pass keeps nothing to go through the blocks with: set feed_forward=False, and leave attention out"
+            )
 
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
         ranks = landscape.ranks
@@ -64,17 +76,19 @@ class Guided:
             self._stream = found
         stream = self._stream
         assert stream is not None
-        landscape.reached = stream.reached(self.feed_forward)
+        landscape.reached = stream.reached(self.feed_forward, self.attention)
         writers = [] if self.two_pass else stream.writers
         norms = {writer.norm.module for writer in writers if writer.norm}
         readers = {writer.feed_forward.reader for writer in writers if writer.feed_forward and self.feed_forward}
-        with _kept(landscape, writers, {stream.norm.module} | norms | readers) as kept:
+        attentions = [writer.attention for writer in writers if writer.attention and self.attention]
+        readers |= {attention.reader for attention in attentions}
+        with _kept(landscape, writers, {stream.norm.module} | norms | readers, attentions) as kept:
             loss = landscape.clean()
         if not math.isfinite(loss):
             return loss, [loss]
         if landscape.error is None:
             raise TypeError("the guided estimate needs the loss's slope: return a zoft.Loss (see zoft.cross_entropy)")
-        way = _WayBack(landscape, estimate, kept, self.feed_forward)
+        way = _WayBack(landscape, estimate, kept, self.feed_forward, self.attention)
         error = way.to_end(stream, landscape.error())
         if self.two_pass:
             with _taken(landscape, estimate, stream.writers, error):
@@ -94,7 +108,9 @@ class _Kept:
 
     tokens: Tokens
     coordinates: dict[str, Tensor] = field(default_factory=dict)  # x A of each writer, by map name
-    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of norms and feed-forward parts
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of norms, feed-forward parts and attention
+    patterns: dict[str, tuple[Pattern, Tensor]] = field(default_factory=dict)  # of attention, by its values' map name,
+    # and the inputs of the values, times A, as each head averages them [rows, H, r]
 
     def take(self, writer: Writer, error: Tensor, estimate: Estimate) -> Tensor:
         """Add the factor of `writer`, by the `error` at the stream; return the error at the writer's output."""
@@ -108,9 +124,12 @@ class _Kept:
 
 
 @contextmanager
-def _kept(landscape: Landscape, writers: Sequence[Writer], modules: set[nn.Module]) -> Iterator[_Kept]:
-    """While open, a forward pass leaves behind the coordinates of `writers` and the inputs of `modules`."""
+def _kept(
+    landscape: Landscape, writers: Sequence[Writer], modules: set[nn.Module], attentions: Sequence[Attention] = ()
+) -> Iterator[_Kept]:
+    """While open, a forward pass leaves behind the coordinates of `writers`, the inputs of `modules`, and patterns."""
     kept = _Kept(Tokens())
+    values: list[tuple[str, Tensor]] = []  # the latest map of values that was called, and x A of all its tokens
 
     def see_writer(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -125,8 +144,30 @@ def _kept(landscape: Landscape, writers: Sequence[Writer], modules: set[nn.Modul
         if x is not None:
             kept.inputs[module] = x
 
+    def see_values(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            basis, x = landscape.branches.basis(name), kept.tokens.by_example(input_of(args, kwargs))
+            if x is not None:
+                none = x.new_zeros(*x.shape[:2], 0)  # the map has no coefficients, but the error goes through it
+                values[:] = [(name, none if basis is None else x.to(basis.device).float() @ basis)]
+
+        return see
+
+    def see_attention(call: Attended) -> None:
+        for name, coordinates in values:
+            pattern = Pattern.of(call, kept.tokens, coordinates)
+            if pattern is not None:
+                kept.patterns[name] = pattern
+        values.clear()
+
     with ExitStack() as handles:
         handles.callback(landscape.model.register_forward_pre_hook(kept.tokens.see, with_kwargs=True).remove)
+        if attentions:
+            handles.enter_context(attended(see_attention))
+        for attention in attentions:
+            (module,) = attention.values.modules
+            hook = see_values(attention.values.name)
+            handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for writer in writers:
             (module,) = writer.map.modules
             handles.callback(module.register_forward_hook(see_writer(writer.map.name), with_kwargs=True).remove)
@@ -161,6 +202,7 @@ class _WayBack:
     estimate: Estimate
     kept: _Kept
     feed_forward: bool
+    attention: bool
 
     def to_end(self, stream: Stream, at_logits: Tensor) -> Tensor:
         """The error at the end of the stream, float32 [rows, d]."""
@@ -177,6 +219,8 @@ class _WayBack:
             error = through = error.to(block.device)
             for writer in reversed(block.writers):
                 at_output = self.kept.take(writer, error if block.parallel else through, self.estimate)
+                if writer.attention is not None and self.attention:
+                    through = through + self.attended(writer, writer.attention, at_output)
                 inner = writer.feed_forward
                 if inner is not None and self.feed_forward:
                     at_input, x, errors = inner.pull(self.kept.inputs[inner.reader], at_output, self.transposed)
@@ -186,6 +230,22 @@ class _WayBack:
                         if basis is not None:
                             self.estimate.add_factor(name, inner_error.t() @ (x.float() @ basis))
             error = through
+
+    def attended(self, writer: Writer, attention: Attention, error: Tensor) -> Tensor:
+        """The error at what `attention` reads of the stream, for that at the output of its `writer`; adds a factor."""
+        name, columns = attention.values.name, attention.columns
+        if name not in self.kept.patterns:
+            return torch.zeros_like(error)
+        pattern, averages = self.kept.patterns.pop(name)
+        at_heads = self.transposed(writer.map, error).unflatten(1, (averages.shape[1], -1))
+        if averages.shape[2]:
+            factor = averages.new_zeros(attention.values.d_out, averages.shape[2])
+            of_heads = torch.einsum("nhd,nhr->hdr", at_heads, averages).flatten(0, 1)
+            self.estimate.add_factor(name, factor.index_add_(0, columns, of_heads))
+        at_values = error.new_zeros(len(error), attention.values.d_out)
+        at_values.index_add_(1, columns, pattern.pull(at_heads).flatten(1))
+        at_x = self.transposed(attention.values, at_values)
+        return at_x if attention.norm is None else attention.norm.pull(self.kept.inputs[attention.reader], at_x)
 
     def transposed(self, layer: LinearMap, error: Tensor) -> Tensor:
         """``error W`` with the weight as it is in this pass, coefficients included."""

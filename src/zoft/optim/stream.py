@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoft.optim.attention import Attended, Pattern, attended
 from zoft.optim.capture import Tokens
 from zoft.optim.layers import LinearMap, as_linear_map
 from zoft.optim.placement import device_of
@@ -28,13 +29,31 @@ class NoStream(ValueError):
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Averages of `values` over positions, head by head; ``values(norm(h))``, or ``values(h)`` without `norm`.
+
+    `columns` int64 [H * d]: which of the outputs of `values` are averaged, in the order of the heads.
+    """
+
+    norm: Norm | None
+    values: LinearMap
+    columns: Tensor
+
+    @property
+    def reader(self) -> nn.Module:
+        """The module that is called with h."""
+        return self.norm.module if self.norm is not None else self.values.modules[0]
+
+
+@dataclass(frozen=True)
 class Writer:
     """A linear map whose output joins the stream times `gain`, after `norm` if there is one."""
 
     map: LinearMap
     gain: float
     norm: Norm | None
-    feed_forward: FeedForward | None  # what computes the map's input, if it is known in closed form
+    feed_forward: FeedForward | None  # what computes the map's input, if it is this and known in closed form
+    attention: Attention | None = None  # or this
 
 
 @dataclass(frozen=True)
@@ -65,10 +84,11 @@ class Stream:
         """Of all blocks."""
         return [writer for block in self.blocks for writer in block.writers]
 
-    def reached(self, feed_forward: bool) -> set[str]:
-        """The names of the writers, and with `feed_forward` of the other maps in the parts that they end."""
+    def reached(self, feed_forward: bool, attention: bool) -> set[str]:
+        """The names of the writers, and with `feed_forward` and `attention` of other maps in the parts they end."""
         inner = [w.feed_forward for w in self.writers if w.feed_forward and feed_forward]
         maps = [w.map for w in self.writers] + [m for part in inner for m in (part.gate, part.up) if m is not None]
+        maps += [w.attention.values for w in self.writers if w.attention and attention]
         return {m.name for m in maps}
 
 
@@ -80,6 +100,12 @@ class _Call:
     y: Tensor  # rows [n, d_out], there too
 
 
+@dataclass(frozen=True)
+class _Heads:
+    value: Tensor  # rows [n, H * d]
+    output: Tensor  # rows [n, H * d]
+
+
 def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
     """The residual stream of `model`, by one call of `forward`, which runs it on some batch.
 
@@ -88,7 +114,7 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
     Raises:
         NoStream: there is none, or the model's last steps are not a norm and a linear map.
     """
-    with _recorded(model) as calls:
+    with _recorded(model) as (calls, heads):
         forward()
     if not calls or calls[-1].name:
         raise NoStream(f"{type(model).__name__} does not return logits at the positions of its tokens")
@@ -109,7 +135,7 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
     blocks: list[Block] = []
     while block := next((c for c in inner if _is_entry(c.name) and _same(c.y, stream) and not _same(c.x, c.y)), None):
         inside = [call for call in inner if call.name.startswith(f"{block.name}.")]
-        writers = _writers(block, inside, maps)
+        writers = _writers(block, inside, maps, heads)
         readers = {writer.feed_forward.reader for writer in writers if writer.feed_forward}
         parallel = any(call.module in readers and _same(call.x, block.x) for call in inside)
         blocks.insert(0, Block(writers, parallel))
@@ -120,9 +146,10 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
 
 
 @contextmanager
-def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
-    """The calls of all modules, in the order they end, with the first rows of what went in and out."""
+def _recorded(model: nn.Module) -> Iterator[tuple[list[_Call], list[_Heads]]]:
+    """The calls of all modules, in the order they end, and of attention: the first rows of what went in and out."""
     calls: list[_Call] = []
+    heads: list[_Heads] = []
     tokens = Tokens()
 
     def hook(name: str) -> Callable[..., None]:
@@ -136,14 +163,25 @@ def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
 
         return see
 
+    def see_attention(call: Attended) -> None:
+        found = Pattern.of(call, tokens, call.value[:, 0])
+        if found is None:
+            return
+        value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)
+        pattern, averages = found
+        value, output = (pattern.rows(x[:, :, -pattern.query.shape[2] :]) for x in (value, call.output))
+        if _close(averages[:, 0], output[:, 0]):  # else something else was done to the weights
+            heads.append(_Heads(value[:ROWS].flatten(1), output[:ROWS].flatten(1)))
+
     with ExitStack() as handles:
         handles.callback(model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
+        handles.enter_context(attended(see_attention))
         for name, module in model.named_modules():
             handles.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
-        yield calls
+        yield calls, heads
 
 
-def _writers(block: _Call, inside: list[_Call], maps: dict[str, LinearMap]) -> list[Writer]:
+def _writers(block: _Call, inside: list[_Call], maps: dict[str, LinearMap], heads: list[_Heads]) -> list[Writer]:
     """The linear maps whose outputs, times something, add up to what `block` adds to the stream."""
     states = [_exact(block.x)]  # of the stream, as the writers join it
     writers = []
@@ -155,7 +193,8 @@ def _writers(block: _Call, inside: list[_Call], maps: dict[str, LinearMap]) -> l
             source = next((c for c in inside if c.name in maps and norm is not None and _same(c.y, joining.x)), None)
         if source is not None:
             feed_forward = _feed_forward(source, inside, maps, states)
-            writers.append(Writer(maps[source.name], gain, norm, feed_forward))
+            attention = _attention(source, inside, maps, states, heads)
+            writers.append(Writer(maps[source.name], gain, norm, feed_forward, attention))
         states.append(states[-1] + gain * _exact(joining.y))
     return writers
 
@@ -205,6 +244,30 @@ def _feed_forward(
         if norm is not None or any(_close(gate.x, state) for state in states):
             return FeedForward(norm, maps[gate.name], maps[up.name] if up else None, act.module, maps[down.name])
     return None
+
+
+def _attention(
+    out: _Call, calls: list[_Call], maps: dict[str, LinearMap], states: list[Tensor], heads: list[_Heads]
+) -> Attention | None:
+    """How the input of `out` is computed, if it is attention over outputs of a linear map of the stream or its norm."""
+    seen = next((h for h in heads if _same(h.output, out.x)), None)
+    if seen is None or not _readable(out, maps):
+        return None
+    for call in calls:
+        columns = _columns(seen.value, call.y) if call.name in maps else None
+        if columns is not None and _readable(call, maps):
+            norm, _ = _norm_before(call.x, calls)
+            if norm is not None or any(_close(call.x, state) for state in states):
+                return Attention(norm, maps[call.name], columns)
+    return None
+
+
+def _columns(part: Tensor, whole: Tensor) -> Tensor | None:
+    """Which column of `whole` [n, d] each column of `part` [n, e] is, int64 [e]; None if one of them is none."""
+    equal = torch.ones(part.shape[1], whole.shape[1], dtype=torch.bool, device=whole.device)
+    for row, other in zip(part.to(whole.device), whole, strict=True):
+        equal &= row.unsqueeze(1) == other
+    return equal.int().argmax(1) if bool(equal.any(1).all()) else None
 
 
 def _readable(call: _Call, maps: dict[str, LinearMap]) -> bool:

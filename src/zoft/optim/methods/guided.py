@@ -24,11 +24,12 @@ class Guided(ZeroOrder):
     fall linearly.
 
     With ``into="weights"`` the steps are written into the weights, and the basis may be renewed every
-    `renew_every` steps; ``feed_forward=False`` counts the stream as the identity, and then ``two_pass=True`` takes two
-    forwards a step and keeps nothing for each layer (`zoft.optim.guided.Guided`).
+    `renew_every` steps. ``attention=True`` carries the error through attention as well, its pattern held fixed, and
+    trains the matrices that make its values; ``feed_forward=False`` counts the stream as the identity, and then
+    ``two_pass=True`` takes two forwards a step and keeps nothing for each layer (`zoft.optim.guided.Guided`).
 
     Raises:
-        ValueError: `two_pass` with `feed_forward`.
+        ValueError: `two_pass` with `feed_forward` or `attention`.
         NoStream: at the first estimate, if the model has no residual stream that ends in a norm and a linear head.
     """
 
@@ -41,6 +42,7 @@ class Guided(ZeroOrder):
         power_steps: int | None = None,
         renew_every: int | None = None,
         feed_forward: bool = True,
+        attention: bool = False,
         two_pass: bool = False,
         into: Literal["weights", "coefficients"] = "coefficients",
         exclude: tuple[str, ...] = HEADS,
@@ -50,7 +52,7 @@ class Guided(ZeroOrder):
             model,
             lr=lr,
             subspace=Activation(rank, power_steps, renew_every, read_only=True),
-            estimator=GuidedEstimator(feed_forward, two_pass),
+            estimator=GuidedEstimator(feed_forward, attention, two_pass),
             update=Adam(into=into),
             exclude=exclude,
             **options,
