@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -69,14 +69,15 @@ def attended(see: Callable[[Attended], None]) -> Iterator[None]:
 class Pattern:
     """The attention weights of a call at the R positions from the first that the loss reads to the last.
 
-    Not the weights are kept but what they are computed from: `query` and `key` of these positions, [B, H, R, d], their
-    `mask`, and the logarithm of the sum that they are divided by, `total` float32 [B, H, R]. `read` int64 [rows, 2]
-    are the examples and places of what the loss reads.
+    Not the weights are kept but what they are computed from: `query` [B, H, R, d] and `key` [B, G, R, d] of these
+    positions, their `mask`, and the logarithm of the sum that they are divided by, `total` float32 [B, H, R]. `read`
+    int64 [rows, 2] are the examples and places of what the loss reads.
     """
 
     query: Tensor
     key: Tensor
     mask: Tensor | None
+    causal: bool
     scale: float
     total: Tensor
     read: Tensor
@@ -88,24 +89,26 @@ class Pattern:
         `x` [B, S, r] belongs to the values; if it is shorter than they are, to the last of them. None if the call is
         not of all the tokens.
         """
-        read = tokens.window(call.query.shape[0], call.query.shape[2])
-        if read is None or len(x) != len(call.query) or x.shape[1] > call.key.shape[2]:
+        batch, heads, positions, _ = call.query.shape
+        length, places = call.key.shape[2], tokens.window(batch, positions)
+        if places is None or len(x) != batch or x.shape[1] > length or (call.causal and positions != length):
             return None
-        places, count = read
-        query, length = call.query[:, :, -count:], call.key.shape[2]
-        mask = call.mask
-        if call.causal:  # aligned at the first position of both
-            mask = torch.ones(call.query.shape[2], length, dtype=torch.bool, device=query.device).tril()
-        mask = None if mask is None else mask.expand(*query.shape[:2], -1, -1)[:, :, -count:]
+        read, count = places
+        mask = None if call.mask is None else call.mask.expand(batch, heads, -1, -1)[:, :, -count:]
+        seen = cls(call.query[:, :, -count:], call.key, mask, call.causal, call.scale, torch.empty(0), read)
         x = F.pad(x.float(), (0, 0, length - x.shape[1], 0)).unsqueeze(1)
         totals, averages = [], []
-        for heads in _parts(query, length):
-            logits = _logits(query[:, heads], _of_heads(call.key, heads, query), _part(mask, heads), call.scale)
+        for part in seen._parts():
+            logits = seen._logits(part)
             totals.append(logits.logsumexp(-1))
             averages.append((logits - totals[-1].unsqueeze(-1)).exp_() @ x)
-        key = _of_heads(call.key, slice(None), query)[:, :, -count:]
-        mask = None if mask is None else mask[..., -count:]
-        pattern = cls(query.clone(), key.clone(), mask, call.scale, torch.cat(totals, 1), places)
+        pattern = replace(
+            seen,
+            query=seen.query.clone(),
+            key=call.key[:, :, -count:].clone(),
+            mask=None if mask is None else mask[..., -count:],
+            total=torch.cat(totals, 1),
+        )
         return pattern, pattern.rows(torch.cat(averages, 1))
 
     def rows(self, x: Tensor) -> Tensor:
@@ -114,37 +117,31 @@ class Pattern:
 
     def pull(self, error: Tensor) -> Tensor:
         """The error at the values of the rows read, for `error` at the outputs there; both float32 [rows, H, d]."""
-        batch, heads, count, width = self.query.shape
-        at_output = error.new_zeros(batch, count, heads, width)
+        batch, _, count, _ = self.query.shape
+        at_output = error.new_zeros(batch, count, *error.shape[1:])
         at_output[self.read[:, 0], self.read[:, 1]] = error
         at_output, at_values = at_output.transpose(1, 2), []
-        for part in _parts(self.query, count):
-            logits = _logits(self.query[:, part], self.key[:, part], _part(self.mask, part), self.scale)
-            weights = (logits - self.total[:, part].unsqueeze(-1)).exp_()
+        for part in self._parts():
+            weights = (self._logits(part) - self.total[:, part].unsqueeze(-1)).exp_()
             at_values.append(weights.transpose(-1, -2) @ at_output[:, part])
         return self.rows(torch.cat(at_values, 1))
 
+    def _parts(self) -> Iterator[slice]:
+        """Heads whose weights are held together."""
+        batch, heads, count, _ = self.query.shape
+        size = max(1, LARGE // (batch * count * self.key.shape[2]))
+        return (slice(start, start + size) for start in range(0, heads, size))
 
-def _parts(query: Tensor, length: int) -> Iterator[slice]:
-    """Heads whose weights for `length` keys are held together."""
-    batch, heads, count, _ = query.shape
-    size = max(1, LARGE // (batch * count * length))
-    return (slice(start, start + size) for start in range(0, heads, size))
-
-
-def _part(mask: Tensor | None, heads: slice) -> Tensor | None:
-    return None if mask is None else mask[:, heads]
-
-
-def _of_heads(key: Tensor, heads: slice, query: Tensor) -> Tensor:
-    """The keys that these heads of `query` look at, where several may share one."""
-    each = torch.arange(query.shape[1], device=key.device)[heads] // (query.shape[1] // key.shape[1])
-    return key.index_select(1, each)
-
-
-def _logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    logits, least = query.float() @ key.float().transpose(-1, -2) * scale, torch.finfo(torch.float32).min
-    if mask is None:
-        return logits
-    # Finite, as padding may see nothing at all.
-    return logits.masked_fill(~mask, least) if mask.dtype == torch.bool else (logits + mask).clamp(min=least)
+    def _logits(self, heads: slice) -> Tensor:
+        """What the weights of these heads are the softmax of, float32, finite: padding may see nothing at all."""
+        query, least = self.query[:, heads].float(), torch.finfo(torch.float32).min
+        sharing = self.query.shape[1] // self.key.shape[1]  # heads that look at the same keys
+        keys = torch.arange(self.query.shape[1], device=query.device)[heads] // sharing
+        logits = query @ self.key.index_select(1, keys).float().transpose(-1, -2) * self.scale
+        if self.causal:  # the last query sees the last key
+            seen = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device)
+            logits = logits.masked_fill_(~seen.tril(logits.shape[-1] - logits.shape[-2]), least)
+        if self.mask is None:
+            return logits
+        mask = self.mask[:, heads]
+        return logits.masked_fill_(~mask, least) if mask.dtype == torch.bool else (logits + mask).clamp_(min=least)

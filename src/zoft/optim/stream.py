@@ -7,21 +7,17 @@ entries of a list (``nn.ModuleList`` or ``nn.Sequential``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoft.optim.attention import Attended, Pattern, attended
-from zoft.optim.capture import Tokens
 from zoft.optim.layers import LinearMap, as_linear_map
 from zoft.optim.placement import device_of
+from zoft.optim.recording import Call, Heads, close, exact, recorded
 from zoft.optim.transpose import FeedForward, Norm
-
-ROWS = 8  # token rows looked at
 
 
 class NoStream(ValueError):
@@ -92,20 +88,6 @@ class Stream:
         return {m.name for m in maps}
 
 
-@dataclass(frozen=True)
-class _Call:
-    name: str
-    module: nn.Module
-    x: Tensor  # rows [n, d_in], where the module computes
-    y: Tensor  # rows [n, d_out], there too
-
-
-@dataclass(frozen=True)
-class _Heads:
-    value: Tensor  # rows [n, H * d]
-    output: Tensor  # rows [n, H * d]
-
-
 def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
     """The residual stream of `model`, by one call of `forward`, which runs it on some batch.
 
@@ -114,7 +96,7 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
     Raises:
         NoStream: there is none, or the model's last steps are not a norm and a linear map.
     """
-    with _recorded(model) as (calls, heads):
+    with recorded(model) as (calls, heads):
         forward()
     if not calls or calls[-1].name:
         raise NoStream(f"{type(model).__name__} does not return logits at the positions of its tokens")
@@ -145,48 +127,12 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
     return Stream(maps[head.name], scale, norm, blocks)
 
 
-@contextmanager
-def _recorded(model: nn.Module) -> Iterator[tuple[list[_Call], list[_Heads]]]:
-    """The calls of all modules, in the order they end, and of attention: the first rows of what went in and out."""
-    calls: list[_Call] = []
-    heads: list[_Heads] = []
-    tokens = Tokens()
-
-    def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            x = tokens.read(_first_tensor((*args, *kwargs.values())))
-            y = tokens.read(_first_tensor(output))
-            if y is not None and (x is not None or not name):
-                calls.append(
-                    _Call(name, module, y[:0] if x is None else x[:ROWS].to(y.device, copy=True), y[:ROWS].clone())
-                )
-
-        return see
-
-    def see_attention(call: Attended) -> None:
-        found = Pattern.of(call, tokens, call.value[:, 0])
-        if found is None:
-            return
-        value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)
-        pattern, averages = found
-        value, output = (pattern.rows(x[:, :, -pattern.query.shape[2] :]) for x in (value, call.output))
-        if _close(averages[:, 0], output[:, 0]):  # else something else was done to the weights
-            heads.append(_Heads(value[:ROWS].flatten(1), output[:ROWS].flatten(1)))
-
-    with ExitStack() as handles:
-        handles.callback(model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
-        handles.enter_context(attended(see_attention))
-        for name, module in model.named_modules():
-            handles.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
-        yield calls, heads
-
-
-def _writers(block: _Call, inside: list[_Call], maps: dict[str, LinearMap], heads: list[_Heads]) -> list[Writer]:
+def _writers(block: Call, inside: list[Call], maps: dict[str, LinearMap], heads: list[Heads]) -> list[Writer]:
     """The linear maps whose outputs, times something, add up to what `block` adds to the stream."""
-    states = [_exact(block.x)]  # of the stream, as the writers join it
+    states = [exact(block.x)]  # of the stream, as the writers join it
     writers = []
     for joining, gain in _parts(block, inside, maps):
-        source: _Call | None = joining
+        source: Call | None = joining
         norm: Norm | None = None
         if joining.name not in maps:  # perhaps a norm between the writer and the stream
             norm = Norm.of(joining.module, joining.x) if _is_leaf(joining.module) else None
@@ -195,22 +141,22 @@ def _writers(block: _Call, inside: list[_Call], maps: dict[str, LinearMap], head
             feed_forward = _feed_forward(source, inside, maps, states)
             attention = _attention(source, inside, maps, states, heads)
             writers.append(Writer(maps[source.name], gain, norm, feed_forward, attention))
-        states.append(states[-1] + gain * _exact(joining.y))
+        states.append(states[-1] + gain * exact(joining.y))
     return writers
 
 
-def _parts(block: _Call, inside: list[_Call], maps: dict[str, LinearMap]) -> list[tuple[_Call, float]]:
+def _parts(block: Call, inside: list[Call], maps: dict[str, LinearMap]) -> list[tuple[Call, float]]:
     """Calls and gains such that the outputs times the gains are what `block` adds; none, if there are no such."""
-    distinct: list[_Call] = []
+    distinct: list[Call] = []
     for call in sorted(inside, key=lambda call: call.name not in maps):  # of equal outputs, a linear map's is taken
         if call.y.shape == block.y.shape and not any(_same(call.y, other.y) for other in distinct):
             distinct.append(call)
     if not distinct:
         return []
-    added = (_exact(block.y) - _exact(block.x)).flatten()
-    outputs = torch.stack([_exact(call.y).flatten() for call in distinct], dim=1)
+    added = (exact(block.y) - exact(block.x)).flatten()
+    outputs = torch.stack([exact(call.y).flatten() for call in distinct], dim=1)
     sizes = _least_squares(outputs, added).abs() * outputs.norm(dim=0)
-    rounding = 2 * torch.finfo(block.y.dtype).eps * (_exact(block.y).norm() + added.norm())
+    rounding = 2 * torch.finfo(block.y.dtype).eps * (exact(block.y).norm() + added.norm())
     order = sizes.argsort(descending=True)
     for count in range(max(1, int((sizes > 0.02 * added.norm()).sum())), len(distinct) + 1):
         chosen = order[:count]
@@ -224,7 +170,7 @@ def _parts(block: _Call, inside: list[_Call], maps: dict[str, LinearMap]) -> lis
 
 
 def _feed_forward(
-    down: _Call, calls: list[_Call], maps: dict[str, LinearMap], states: list[Tensor]
+    down: Call, calls: list[Call], maps: dict[str, LinearMap], states: list[Tensor]
 ) -> FeedForward | None:
     """How the input of `down` is computed, if it is an activation function of linear maps of the stream or its norm.
 
@@ -241,13 +187,13 @@ def _feed_forward(
         if up is None and not _same(act.y, down.x):
             continue
         norm, _ = _norm_before(gate.x, calls)
-        if norm is not None or any(_close(gate.x, state) for state in states):
+        if norm is not None or any(close(gate.x, state) for state in states):
             return FeedForward(norm, maps[gate.name], maps[up.name] if up else None, act.module, maps[down.name])
     return None
 
 
 def _attention(
-    out: _Call, calls: list[_Call], maps: dict[str, LinearMap], states: list[Tensor], heads: list[_Heads]
+    out: Call, calls: list[Call], maps: dict[str, LinearMap], states: list[Tensor], heads: list[Heads]
 ) -> Attention | None:
     """How the input of `out` is computed, if it is attention over outputs of a linear map of the stream or its norm."""
     seen = next((h for h in heads if _same(h.output, out.x)), None)
@@ -257,7 +203,7 @@ def _attention(
         columns = _columns(seen.value, call.y) if call.name in maps else None
         if columns is not None and _readable(call, maps):
             norm, _ = _norm_before(call.x, calls)
-            if norm is not None or any(_close(call.x, state) for state in states):
+            if norm is not None or any(close(call.x, state) for state in states):
                 return Attention(norm, maps[call.name], columns)
     return None
 
@@ -270,16 +216,16 @@ def _columns(part: Tensor, whole: Tensor) -> Tensor | None:
     return equal.int().argmax(1) if bool(equal.any(1).all()) else None
 
 
-def _readable(call: _Call, maps: dict[str, LinearMap]) -> bool:
+def _readable(call: Call, maps: dict[str, LinearMap]) -> bool:
     """Whether the map's weight can be read, and does to the rows of `call` what the map itself does."""
     weight = maps[call.name].dense_weight()
     if weight is None or weight.is_meta:
         return False
-    own = _exact(call.module.forward(call.x)) - _exact(call.module.forward(torch.zeros_like(call.x)))
-    return bool((_exact(call.x.to(weight.dtype) @ weight.t()) - own).norm() <= 0.1 * own.norm())
+    own = exact(call.module.forward(call.x)) - exact(call.module.forward(torch.zeros_like(call.x)))
+    return bool((exact(call.x.to(weight.dtype) @ weight.t()) - own).norm() <= 0.1 * own.norm())
 
 
-def _norm_before(x: Tensor, calls: list[_Call]) -> tuple[Norm | None, Tensor]:
+def _norm_before(x: Tensor, calls: list[Call]) -> tuple[Norm | None, Tensor]:
     """The norm whose output is `x`, and its input."""
     for call in calls:
         if _is_leaf(call.module) and _same(call.y, x) and (norm := Norm.of(call.module, call.x)):
@@ -292,31 +238,13 @@ def _least_squares(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.lstsq(a / scale, b.unsqueeze(1), driver="gelsd").solution.squeeze(1) / scale
 
 
-def _first_tensor(values: Any) -> Tensor | None:
-    """The first floating-point tensor of a module's arguments or output that has rows."""
-    if isinstance(values, Tensor):
-        values = (values,)
-    values = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
-    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1), None)
-
-
 def _ratio(y: Tensor, x: Tensor) -> float | None:
     """s such that ``y = s x``, if there is one."""
     if y.shape != x.shape:
         return None
-    exact = _exact(x)
-    ratio = float((_exact(y) * exact).sum() / exact.square().sum().clamp(min=1e-30))
-    return ratio if _close(y, ratio * exact) else None
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding in half precision."""
-    one, other = _exact(one), _exact(other)
-    return torch.allclose(one, other, rtol=0.01, atol=0.01 * float(other.std()))
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.cpu().double()  # on the CPU: not every device has float64
+    source = exact(x)
+    ratio = float((exact(y) * source).sum() / source.square().sum().clamp(min=1e-30))
+    return ratio if close(y, ratio * source) else None
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

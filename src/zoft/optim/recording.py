@@ -1,0 +1,88 @@
+"""What flows through a model in one forward pass: first rows of what goes in and out of modules, and of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoft.optim.attention import Attended, Pattern, attended
+from zoft.optim.capture import Tokens
+
+ROWS = 8  # token rows looked at
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a module."""
+
+    name: str
+    module: nn.Module
+    x: Tensor  # rows [n, d_in], where the module computes
+    y: Tensor  # rows [n, d_out], there too
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A call of attention, as `zoft.optim.attention` computes it."""
+
+    value: Tensor  # rows [n, H * d]
+    output: Tensor  # rows [n, H * d]
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[tuple[list[Call], list[Heads]]]:
+    """The calls of all modules, in the order they end, and of attention: the first rows of what went in and out."""
+    calls: list[Call] = []
+    heads: list[Heads] = []
+    tokens = Tokens()
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            x = tokens.read(_first_tensor((*args, *kwargs.values())))
+            y = tokens.read(_first_tensor(output))
+            if y is not None and (x is not None or not name):
+                calls.append(
+                    Call(name, module, y[:0] if x is None else x[:ROWS].to(y.device, copy=True), y[:ROWS].clone())
+                )
+
+        return see
+
+    def see_attention(call: Attended) -> None:
+        found = Pattern.of(call, tokens, call.value[:, 0])
+        if found is None:
+            return
+        value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)
+        pattern, averages = found
+        value, output = (pattern.rows(x[:, :, -pattern.query.shape[2] :]) for x in (value, call.output))
+        if close(averages[:, 0], output[:, 0]):  # else something else was done to the weights
+            heads.append(Heads(value[:ROWS].flatten(1), output[:ROWS].flatten(1)))
+
+    with ExitStack() as handles:
+        handles.callback(model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
+        handles.enter_context(attended(see_attention))
+        for name, module in model.named_modules():
+            handles.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
+        yield calls, heads
+
+
+def _first_tensor(values: Any) -> Tensor | None:
+    """The first floating-point tensor of a module's arguments or output that has rows."""
+    if isinstance(values, Tensor):
+        values = (values,)
+    values = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
+    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1), None)
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding in half precision."""
+    one, other = exact(one), exact(other)
+    return torch.allclose(one, other, rtol=0.01, atol=0.01 * float(other.std()))
+
+
+def exact(tensor: Tensor) -> Tensor:
+    return tensor.cpu().double()  # on the CPU: not every device has float64
