@@ -5,7 +5,7 @@
 SmolLM2-135M-Instruct. Cosines with the true gradient of all linear layers in float32, three batches of each of SST-2,
 RTE, TREC and WikiText-2, as benchmarks/cosines.py has them. Then 60 steps on WikiText-2's test text (batches of 8 x 64
 tokens, every one of them predicted; bfloat16, lr 1e-3 falling linearly), and the loss on 12 such batches of its
-validation text after every 15, with three orders of the batches. Writes results/attention.json.
+validation text after every 15, with three orders of the batches. Writes results/attention/text.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
         for name, attention in VARIANTS.items():
             facts["text"].setdefault(name, []).append(trained(data / TEXT, attention, order))
             print(order, name, facts["text"][name][-1], flush=True)
-            write_json(RESULTS / "attention.json", facts)
+            write_json(RESULTS / "attention" / "text.json", facts)
 
 
 def cosines(data: Path) -> dict[str, Any]:

@@ -306,6 +306,17 @@ def test_attention_weights_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(parts[name], whole[name])
 
 
+def test_values_that_are_not_trained_are_gone_through_all_the_same() -> None:
+    model = llama()
+    closure, frozen = closure_of(model, token_batch()), ("lm_head", "*.v_proj")
+    whole = estimated(optimizer := Guided(model, rank=64, attention=True), closure)
+    optimizer.branches.detach()
+    part = estimated(Guided(model, rank=64, attention=True, exclude=frozen), closure)
+    assert whole.keys() - part.keys() == {f"model.layers.{i}.self_attn.v_proj" for i in range(2)}
+    for name in part:
+        torch.testing.assert_close(part[name], whole[name])
+
+
 def test_attention_that_is_computed_otherwise_is_not_gone_through() -> None:
     model = llama(attn_implementation="eager")
     closure, none = closure_of(model, token_batch()), Guided(llama(), rank=8)
