@@ -95,6 +95,7 @@ class Pattern:
             return None
         read, count = places
         mask = None if call.mask is None else call.mask.expand(batch, heads, -1, -1)[:, :, -count:]
+        read = read.to(call.query.device)
         seen = cls(call.query[:, :, -count:], call.key, mask, call.causal, call.scale, torch.empty(0), read)
         x = F.pad(x.float(), (0, 0, length - x.shape[1], 0)).unsqueeze(1)
         totals, averages = [], []
