@@ -1,218 +1,31 @@
-"""The guided left factor: the stream is found, and the estimate is autograd's gradient without the ways it neglects."""
+"""The guided left factor: the estimate is autograd's gradient without the ways it neglects."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import (
-    CohereConfig,
-    GPTNeoXConfig,
-    GraniteConfig,
-    MixtralConfig,
-    Olmo2Config,
-    PhiConfig,
-    PreTrainedModel,
-)
+from torch import nn
+from transformers import PreTrainedModel
 
-from zoft.optim import Guided, Loss, cross_entropy
+from zoft.optim import Guided, Loss
 from zoft.optim.attention import attended
-from zoft.optim.stream import NoStream, Stream, find_stream
-from zoft.optim.transpose import Norm, slope_of
 
-from .models import ARCHITECTURES, GROUPED, SIZES, build, changed, llama, mlp, snapshot, token_batch
-
-GRANITE = {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.5}
-BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
-    **{name: make for name, (make, _) in ARCHITECTURES.items()},
-    "granite": lambda: build(GraniteConfig(**GROUPED, **GRANITE)),
-    "olmo2": lambda: build(Olmo2Config(**GROUPED)),
-    "gpt-neox": lambda: build(GPTNeoXConfig(**SIZES, intermediate_size=48, tie_word_embeddings=False)),
-    "gpt-neox sequential": lambda: build(GPTNeoXConfig(**SIZES, intermediate_size=48, use_parallel_residual=False)),
-    "cohere": lambda: build(CohereConfig(**GROUPED, logit_scale=0.25)),
-    "phi": lambda: build(PhiConfig(**SIZES, intermediate_size=48)),
-    "mixtral": lambda: build(MixtralConfig(**GROUPED, num_local_experts=2)),
-}
-
-
-def closure_of(model: nn.Module, batch: dict[str, Tensor], **options: int) -> Callable[[], Loss]:
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    return lambda: cross_entropy(model(**inputs, **options).logits, batch["labels"])
-
-
-def stream_of(model: nn.Module) -> Stream:
-    with torch.no_grad():
-        found = find_stream(model, closure_of(model, token_batch()))
-    assert found is not None
-    return found
-
-
-def names(stream: Stream) -> list[str]:
-    return [writer.map.name for block in stream.blocks for writer in block.writers]
-
-
-@contextmanager
-def detached(model: nn.Module, kinds: tuple[str, ...]) -> Iterator[None]:
-    """While open, no gradient flows to what modules of these names were called with."""
-
-    def cut(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        def detach(value: object) -> object:
-            return value.detach() if isinstance(value, Tensor) else value
-
-        return tuple(detach(a) for a in args), {k: detach(v) for k, v in kwargs.items()}
-
-    inner = [m for name, m in model.named_modules() if name.rpartition(".")[2] in kinds]
-    assert inner
-    handles = [m.register_forward_pre_hook(cut, with_kwargs=True) for m in inner]
-    yield
-    for handle in handles:
-        handle.remove()
-
-
-@contextmanager
-def fixed_pattern(values: bool = True) -> Iterator[None]:
-    """While open, no gradient flows through queries and keys; nor, unless `values`, through the values."""
-    attention = F.scaled_dot_product_attention
-
-    def fixed(query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> Tensor:
-        value = value if values else value.detach()
-        return attention(query.detach(), key.detach(), value, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", fixed)
-        yield
-
-
-@contextmanager
-def only_final_rows(model: PreTrainedModel, count: int) -> Iterator[None]:
-    """While open, no gradient flows from a block to the one before, but at the final `count` positions."""
-
-    def cut(module: nn.Module, args: tuple) -> tuple:
-        return torch.cat((args[0][:, :-count].detach(), args[0][:, -count:]), dim=1), *args[1:]
-
-    handles = [layer.register_forward_pre_hook(cut) for layer in model.model.layers]
-    yield
-    for handle in handles:
-        handle.remove()
-
-
-def gradient(optimizer: Guided, closure: Callable[[], Loss]) -> dict[str, Tensor]:
-    """What autograd says of the optimizer's maps, [d_out, d_in]."""
-    weights = [m.weight for m in optimizer.maps]
-    found = torch.autograd.grad(closure().values.float(), weights, allow_unused=True)
-    pairs = zip(optimizer.maps, found, strict=True)
-    return {m.name: (g.t() if m.transposed else g).float() for m, g in pairs if g is not None}
-
-
-def estimated(optimizer: Guided, closure: Callable[[], Loss]) -> dict[str, Tensor]:
-    optimizer.estimate(closure)
-    estimate = optimizer.take_estimate()
-    assert estimate is not None
-    return {name: factor @ optimizer.bases[name].t() for name, factor in estimate.factors.items()}
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
-# --- the stream --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", BUILDERS)
-def test_the_writers_are_found(name: str, dtype: torch.dtype) -> None:
-    stream = stream_of(BUILDERS[name]().to(dtype))
-    ends = {
-        "opt": ("out_proj", "fc2"),
-        "gpt2": ("c_proj", "c_proj"),
-        "gpt-neox": ("dense", "dense_4h_to_h"),
-        "gpt-neox sequential": ("dense", "dense_4h_to_h"),
-        "phi": ("dense", "fc2"),
-        "mixtral": ("o_proj",),  # experts are called with rows of their own
-    }.get(name, ("o_proj", "down_proj"))
-    assert [n.rpartition(".")[2] for n in names(stream)] == [*ends, *ends]
-    gain = 0.3 if name == "granite" else 1.0
-    for block in stream.blocks:
-        for writer in block.writers:
-            assert writer.gain == pytest.approx(gain, rel=0.02)
-            assert (writer.norm is not None) == (name in ("gemma3", "olmo2"))
-        assert [w.feed_forward is not None for w in block.writers] == [False, True][: len(ends)]
-    assert [block.parallel for block in stream.blocks] == [name in ("gpt-neox", "cohere", "phi")] * 2
-    assert stream.scale == pytest.approx({"granite": 0.25, "cohere": 0.25}.get(name, 1.0), rel=0.01)
-
-
-@pytest.mark.parametrize("small", ["down_proj", "o_proj"])
-def test_a_writer_that_adds_next_to_nothing_is_found(small: str) -> None:
-    """Once its block was taken for one without writers: least squares chose by the share of what is added."""
-    model = llama()
-    for name, parameter in model.named_parameters():
-        if small in name:
-            parameter.data *= 1e-3
-    assert [n.rpartition(".")[2] for n in names(stream_of(model))] == ["o_proj", "down_proj"] * 2
-
-
-def test_a_model_without_a_stream_says_what_is_missing() -> None:
-    model, x = mlp(), torch.randn(6, 10)
-    with pytest.raises(NoStream, match="norm"):
-        find_stream(model, lambda: model(x))
-
-
-def test_a_block_that_normalises_the_stream_itself_breaks_it() -> None:
-    model = BUILDERS["opt"]()
-    for layer in model.model.decoder.layers:
-        layer.do_layer_norm_before = False
-    with pytest.raises(NoStream):
-        stream_of(model)
-
-
-# --- closed forms ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.RMSNorm(6, eps=1e-6)])
-def test_a_norm_pulls_an_error_back_as_autograd_does(norm: nn.Module) -> None:
-    for parameter in norm.parameters():
-        nn.init.normal_(parameter, 1, 0.3)
-    x, at_output = torch.randn(5, 6, requires_grad=True), torch.randn(5, 6)
-    (expected,) = torch.autograd.grad(norm(x), x, at_output)
-    with torch.no_grad():
-        found = Norm.of(norm, x.detach())
-        assert found is not None and found.centred == isinstance(norm, nn.LayerNorm)
-        torch.testing.assert_close(found.pull(x, at_output), expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("module", [nn.Identity(), nn.Linear(6, 6), nn.SiLU(), nn.Softmax(-1)], ids=repr)
-def test_other_modules_are_no_norms(module: nn.Module) -> None:
-    with torch.no_grad():
-        assert Norm.of(module, torch.randn(5, 6)) is None
-
-
-def test_slope() -> None:
-    z = torch.randn(1000, requires_grad=True)
-    for act in (nn.functional.silu, nn.functional.gelu, torch.tanh):
-        (expected,) = torch.autograd.grad(act(z).sum(), z)
-        torch.testing.assert_close(slope_of(act, z.detach()), expected, rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("kept", [None, 5])
-def test_cross_entropy_knows_its_slope(kept: int | None) -> None:
-    batch = token_batch()
-    if kept:
-        batch["labels"][:, :-4] = -100
-    logits = torch.randn(8, kept or 10, 64, requires_grad=True)
-    loss = cross_entropy(logits, batch["labels"])
-    if kept is None:  # transformers' own
-        model_loss = nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
-        )
-        torch.testing.assert_close(loss.values, model_loss)
-    (expected,) = torch.autograd.grad(loss.values, logits)
-    torch.testing.assert_close(loss.error(), expected)
-
-
-# --- the estimate ------------------------------------------------------------------------------------------------
+from .guidance import (
+    BUILDERS,
+    closure_of,
+    detached,
+    error,
+    estimated,
+    fixed_pattern,
+    gradient,
+    names,
+    only_final_rows,
+    stream_of,
+)
+from .models import changed, llama, snapshot, token_batch
 
 
 @pytest.mark.parametrize("attention", [True, False])

@@ -146,10 +146,10 @@ def _kept(
 
     def see_values(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            basis, x = landscape.branches.basis(name), kept.tokens.by_example(input_of(args, kwargs))
-            if x is not None:
-                none = x.new_zeros(*x.shape[:2], 0)  # the map has no coefficients, but the error goes through it
-                values[:] = [(name, none if basis is None else x.to(basis.device).float() @ basis)]
+            basis, x = landscape.branches.basis(name), input_of(args, kwargs).to(output.device)
+            projected = kept.tokens.by_example(x if basis is None else landscape.branches.project(x, basis))
+            if projected is not None:  # without a basis the map is not trained, but the error goes through it
+                values[:] = [(name, projected[..., :0] if basis is None else projected)]
 
         return see
 

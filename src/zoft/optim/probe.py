@@ -151,7 +151,7 @@ class SideBranches:
         return y + (rows @ basis.t()).to(y.dtype).view(y.shape)
 
     def _linear(self, name: str, x: Tensor, factor: Tensor, basis: Tensor, y: Tensor) -> Tensor:
-        projected = self._project(x.to(y.device), basis).to(y.dtype)
+        projected = self.project(x.to(y.device), basis).to(y.dtype)
         if factor.dim() == 3 and self._by_parts(name, projected):
             each, parts = projected.reshape(len(factor), -1, projected.shape[-1]), y.view(len(factor), -1, y.shape[-1])
             left = factor.transpose(1, 2).to(y.dtype)
@@ -170,7 +170,7 @@ class SideBranches:
     def _one(self, factor: Tensor) -> Tensor:
         return factor if factor.dim() == 2 else factor[0]
 
-    def _project(self, x: Tensor, basis: Tensor) -> Tensor:
+    def project(self, x: Tensor, basis: Tensor) -> Tensor:
         """``x A``, computed once for layers that share both."""
         known = self._projected.get(x, dict)
         if id(basis) not in known:

@@ -1,0 +1,115 @@
+"""Models whose residual stream is known, and autograd's gradient without the ways that the guided estimate neglects."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    CohereConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    MixtralConfig,
+    Olmo2Config,
+    PhiConfig,
+    PreTrainedModel,
+)
+
+from zoft.optim import Guided, Loss, cross_entropy
+from zoft.optim.stream import Stream, find_stream
+
+from .models import ARCHITECTURES, GROUPED, SIZES, build, token_batch
+
+GRANITE = {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.5}
+BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
+    **{name: make for name, (make, _) in ARCHITECTURES.items()},
+    "granite": lambda: build(GraniteConfig(**GROUPED, **GRANITE)),
+    "olmo2": lambda: build(Olmo2Config(**GROUPED)),
+    "gpt-neox": lambda: build(GPTNeoXConfig(**SIZES, intermediate_size=48, tie_word_embeddings=False)),
+    "gpt-neox sequential": lambda: build(GPTNeoXConfig(**SIZES, intermediate_size=48, use_parallel_residual=False)),
+    "cohere": lambda: build(CohereConfig(**GROUPED, logit_scale=0.25)),
+    "phi": lambda: build(PhiConfig(**SIZES, intermediate_size=48)),
+    "mixtral": lambda: build(MixtralConfig(**GROUPED, num_local_experts=2)),
+}
+
+
+def closure_of(model: nn.Module, batch: dict[str, Tensor], **options: int) -> Callable[[], Loss]:
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    return lambda: cross_entropy(model(**inputs, **options).logits, batch["labels"])
+
+
+def stream_of(model: nn.Module) -> Stream:
+    with torch.no_grad():
+        found = find_stream(model, closure_of(model, token_batch()))
+    assert found is not None
+    return found
+
+
+def names(stream: Stream) -> list[str]:
+    return [writer.map.name for block in stream.blocks for writer in block.writers]
+
+
+@contextmanager
+def detached(model: nn.Module, kinds: tuple[str, ...]) -> Iterator[None]:
+    """While open, no gradient flows to what modules of these names were called with."""
+
+    def cut(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        def detach(value: object) -> object:
+            return value.detach() if isinstance(value, Tensor) else value
+
+        return tuple(detach(a) for a in args), {k: detach(v) for k, v in kwargs.items()}
+
+    inner = [m for name, m in model.named_modules() if name.rpartition(".")[2] in kinds]
+    assert inner
+    handles = [m.register_forward_pre_hook(cut, with_kwargs=True) for m in inner]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def fixed_pattern(values: bool = True) -> Iterator[None]:
+    """While open, no gradient flows through queries and keys; nor, unless `values`, through the values."""
+    attention = F.scaled_dot_product_attention
+
+    def fixed(query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> Tensor:
+        value = value if values else value.detach()
+        return attention(query.detach(), key.detach(), value, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", fixed)
+        yield
+
+
+@contextmanager
+def only_final_rows(model: PreTrainedModel, count: int) -> Iterator[None]:
+    """While open, no gradient flows from a block to the one before, but at the final `count` positions."""
+
+    def cut(module: nn.Module, args: tuple) -> tuple:
+        return torch.cat((args[0][:, :-count].detach(), args[0][:, -count:]), dim=1), *args[1:]
+
+    handles = [layer.register_forward_pre_hook(cut) for layer in model.model.layers]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def gradient(optimizer: Guided, closure: Callable[[], Loss]) -> dict[str, Tensor]:
+    """What autograd says of the optimizer's maps, [d_out, d_in]."""
+    weights = [m.weight for m in optimizer.maps]
+    found = torch.autograd.grad(closure().values.float(), weights, allow_unused=True)
+    pairs = zip(optimizer.maps, found, strict=True)
+    return {m.name: (g.t() if m.transposed else g).float() for m, g in pairs if g is not None}
+
+
+def estimated(optimizer: Guided, closure: Callable[[], Loss]) -> dict[str, Tensor]:
+    optimizer.estimate(closure)
+    estimate = optimizer.take_estimate()
+    assert estimate is not None
+    return {name: factor @ optimizer.bases[name].t() for name, factor in estimate.factors.items()}
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())

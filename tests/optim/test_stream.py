@@ -1,0 +1,100 @@
+"""The residual stream is found, and what is known of it in closed form is autograd's."""
+
+import pytest
+import torch
+from torch import nn
+
+from zoft.optim import cross_entropy
+from zoft.optim.stream import NoStream, find_stream
+from zoft.optim.transpose import Norm, slope_of
+
+from .guidance import BUILDERS, names, stream_of
+from .models import llama, mlp, token_batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_writers_are_found(name: str, dtype: torch.dtype) -> None:
+    stream = stream_of(BUILDERS[name]().to(dtype))
+    ends = {
+        "opt": ("out_proj", "fc2"),
+        "gpt2": ("c_proj", "c_proj"),
+        "gpt-neox": ("dense", "dense_4h_to_h"),
+        "gpt-neox sequential": ("dense", "dense_4h_to_h"),
+        "phi": ("dense", "fc2"),
+        "mixtral": ("o_proj",),  # experts are called with rows of their own
+    }.get(name, ("o_proj", "down_proj"))
+    assert [n.rpartition(".")[2] for n in names(stream)] == [*ends, *ends]
+    gain = 0.3 if name == "granite" else 1.0
+    for block in stream.blocks:
+        for writer in block.writers:
+            assert writer.gain == pytest.approx(gain, rel=0.02)
+            assert (writer.norm is not None) == (name in ("gemma3", "olmo2"))
+        assert [w.feed_forward is not None for w in block.writers] == [False, True][: len(ends)]
+    assert [block.parallel for block in stream.blocks] == [name in ("gpt-neox", "cohere", "phi")] * 2
+    assert stream.scale == pytest.approx({"granite": 0.25, "cohere": 0.25}.get(name, 1.0), rel=0.01)
+
+
+@pytest.mark.parametrize("small", ["down_proj", "o_proj"])
+def test_a_writer_that_adds_next_to_nothing_is_found(small: str) -> None:
+    """Once its block was taken for one without writers: least squares chose by the share of what is added."""
+    model = llama()
+    for name, parameter in model.named_parameters():
+        if small in name:
+            parameter.data *= 1e-3
+    assert [n.rpartition(".")[2] for n in names(stream_of(model))] == ["o_proj", "down_proj"] * 2
+
+
+def test_a_model_without_a_stream_says_what_is_missing() -> None:
+    model, x = mlp(), torch.randn(6, 10)
+    with pytest.raises(NoStream, match="norm"):
+        find_stream(model, lambda: model(x))
+
+
+def test_a_block_that_normalises_the_stream_itself_breaks_it() -> None:
+    model = BUILDERS["opt"]()
+    for layer in model.model.decoder.layers:
+        layer.do_layer_norm_before = False
+    with pytest.raises(NoStream):
+        stream_of(model)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.RMSNorm(6, eps=1e-6)])
+def test_a_norm_pulls_an_error_back_as_autograd_does(norm: nn.Module) -> None:
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, 1, 0.3)
+    x, at_output = torch.randn(5, 6, requires_grad=True), torch.randn(5, 6)
+    (expected,) = torch.autograd.grad(norm(x), x, at_output)
+    with torch.no_grad():
+        found = Norm.of(norm, x.detach())
+        assert found is not None and found.centred == isinstance(norm, nn.LayerNorm)
+        torch.testing.assert_close(found.pull(x, at_output), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("module", [nn.Identity(), nn.Linear(6, 6), nn.SiLU(), nn.Softmax(-1)], ids=repr)
+def test_other_modules_are_no_norms(module: nn.Module) -> None:
+    with torch.no_grad():
+        assert Norm.of(module, torch.randn(5, 6)) is None
+
+
+def test_slope() -> None:
+    z = torch.randn(1000, requires_grad=True)
+    for act in (nn.functional.silu, nn.functional.gelu, torch.tanh):
+        (expected,) = torch.autograd.grad(act(z).sum(), z)
+        torch.testing.assert_close(slope_of(act, z.detach()), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kept", [None, 5])
+def test_cross_entropy_knows_its_slope(kept: int | None) -> None:
+    batch = token_batch()
+    if kept:
+        batch["labels"][:, :-4] = -100
+    logits = torch.randn(8, kept or 10, 64, requires_grad=True)
+    loss = cross_entropy(logits, batch["labels"])
+    if kept is None:  # transformers' own
+        model_loss = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
+        )
+        torch.testing.assert_close(loss.values, model_loss)
+    (expected,) = torch.autograd.grad(loss.values, logits)
+    torch.testing.assert_close(loss.error(), expected)
