@@ -128,7 +128,7 @@ def test_failed_run_counts_as_the_untrained_model(runs: Runs, results: Callable[
     assert record["failed"] == "RuntimeError: a | b"
     result, tried, failed = sheets(facts(found))
     assert result.rows[1][:3] == ["agzo", "50.5 ± 0.5 (1 of 2 failed)", "50.5"]
-    assert tried.rows == [["agzo", "3e-5: –, 1e-4: 50.0 (chosen), 3e-4: 40.0", "3"]]
+    assert tried.rows == [["agzo", "3e-5: –, 1e-4: 50.0 (chosen), 3e-4: 40.0"]]
     lines = [["agzo", "sst2", f"lr {run}", "RuntimeError: a | b"] for run in ("3e-5, seed 0", "1e-4, seed 1")]
     assert failed.rows == lines
     assert "| RuntimeError: a \\| b |" in failed.markdown()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zoft.bench.accuracy import Results
-from zoft.bench.table import curves, facts, sheets, write_tables
+from zoft.bench.table import Sheet, curves, facts, sheets, write_tables
 from zoft.report.plots import save_curves
 
 from .conftest import Runs, go
@@ -32,24 +32,31 @@ def test_tables(runs: Runs, results: Callable[..., Results]) -> None:
     assert tried.rows[0][1:] == [
         "3e-5: 60.0, 1e-4: 70.0 (chosen), 3e-4: 70.0",
         "3e-5: 10.0, 1e-4: 20.0 (chosen), 3e-4: 20.0",
-        "3/3",
     ]
     text = (found.out / "table.md").read_text()
-    assert "| agzo | 76.0 ± 5.0 | 21.0 | 48.5 | 300–600 |" in text and "| method | sst2 | squad | rates tried |" in text
+    assert "| agzo | 76.0 ± 5.0 | 21.0 | 48.5 | 300–600 |" in text and "| method | sst2 | squad |\n" in text
     assert (found.out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_unfinished_seeds_are_named(runs: Runs, results: Callable[..., Results]) -> None:
+def test_unfinished_seeds_are_counted(runs: Runs, results: Callable[..., Results]) -> None:
     go(results(methods={"mezo": {"lr": 1e-4, "search": False}}))
     [result] = sheets(facts(results(methods={"mezo": {"lr": 1e-4, "search": False}}, seeds=[0, 1, 2])))
-    assert result.rows[1][1] == "71.0 ± 0.0 (seed 2 missing)"
+    assert result.rows[1][1] == "71.0 ± 0.0 (2 of 3 seeds)"
+
+
+def test_wide_tables_are_parted() -> None:
+    sheet = Sheet("many", ["method", "a", "long task", "c", "d"], [["mezo", "1", "2" * 30, "3", "4"]])
+    parts = sheet.parts(width=20)
+    assert [part.columns for part in parts] == [["method", "a"], ["method", "long task"], ["method", "c", "d"]]
+    assert [part.rows for part in parts] == [[["mezo", "1"]], [["mezo", "2" * 30]], [["mezo", "3", "4"]]]
+    assert sheet.parts(width=80) == [sheet]
 
 
 def test_nothing_run_yet(results: Callable[..., Results]) -> None:
     found = results()
     result, tried = sheets(write_tables(found))
     assert [row[1:] for row in result.rows] == [["–"] * 5] * 2
-    assert tried.rows == [["agzo", "3e-5: –, 1e-4: –, 3e-4: –", "3"]]
+    assert tried.rows == [["agzo", "3e-5: –, 1e-4: –, 3e-4: –"]]
     assert not (found.out / "curves.png").exists()
 
 

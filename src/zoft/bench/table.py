@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -31,6 +31,19 @@ class Sheet:
         rows = [[cell.replace("|", "\\|") for cell in row] for row in self.rows]
         lines = [self.columns, ["---"] * len(self.columns), *rows]
         return f"{self.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def parts(self, width: int, gap: int = 2) -> list[Sheet]:
+        """The sheet as one or more, each the first column and as many of the others as fit into `width` characters."""
+        widths = [max(map(len, cells)) + gap for cells in zip(self.columns, *self.rows, strict=True)]
+        groups: list[list[int]] = [[0]]
+        for column in range(1, len(widths)):
+            if len(groups[-1]) > 1 and sum(widths[i] for i in (*groups[-1], column)) > width:
+                groups.append([0])
+            groups[-1].append(column)
+        return [
+            replace(self, columns=[self.columns[i] for i in group], rows=[[row[i] for i in group] for row in self.rows])
+            for group in groups
+        ]
 
 
 def facts(results: Results) -> dict[str, Any]:
@@ -84,13 +97,14 @@ def sheets(found: dict[str, Any]) -> list[Sheet]:
             for row, of in of_row.items()
         ],
     )
+    searched = [task for task in tasks if any(of[task]["search"] for of in of_row.values())]
     search = Sheet(
         "Search, learning rate: the same metric on held-out rows, with the first seed",
-        ["method", *tasks, "rates tried"],
+        ["method", *searched],
         [
-            [row, *map(_search, of.values()), "/".join(str(len(fact["search"])) for fact in of.values())]
+            [row, *(_search(of[task]) for task in searched)]
             for row, of in of_row.items()
-            if any(fact["search"] for fact in of.values())
+            if any(of[task]["search"] for task in searched)
         ],
     )
     failures = Sheet(
@@ -107,8 +121,8 @@ def sheets(found: dict[str, Any]) -> list[Sheet]:
 
 
 def _result(fact: dict[str, Any]) -> str:
-    notes = [f"seed {seed} missing" for seed in fact["missing"]]
-    ended, runs = len(fact["forwards"]), len(fact["values"])
+    ended, runs, missing = len(fact["forwards"]), len(fact["values"]), len(fact["missing"])
+    notes = [f"{runs} of {runs + missing} seeds"] if missing else []
     notes += [f"{runs - ended} of {runs} failed"] if ended < runs else []
     spread = f" ± {_percent(fact['sem'])}" if fact["sem"] is not None else ""
     return _percent(fact["mean"]) + spread + (f" ({', '.join(notes)})" if notes else "")

@@ -72,7 +72,9 @@ def _print(console: Console, sheet: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*sheet.columns, title=sheet.title, title_justify="left", box=None)
-    for cells in sheet.rows:
-        table.add_row(*map(Text, cells))
-    console.print(table)
+    console.print(Text(sheet.title))
+    for part in sheet.parts(console.width):
+        table = Table(*part.columns, box=None)
+        for cells in part.rows:
+            table.add_row(*map(Text, cells))
+        console.print(table)
