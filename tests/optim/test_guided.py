@@ -45,8 +45,7 @@ def test_it_is_the_gradient_with_the_pattern_of_attention_fixed(
     with detached(model, ("mlp",)) if name == "mixtral" else nullcontext(), fixed_pattern(attention):
         expected = gradient(optimizer, closure)
     stream = stream_of(model)
-    inner = [w.feed_forward for block in stream.blocks for w in block.writers if w.feed_forward]
-    within = [m.name for f in inner for m in (f.gate, f.up) if m is not None]
+    within = [m.name for w in stream.writers if w.feed_forward for m in w.feed_forward.inner]
     values = [w.attention.values.name for w in stream.writers if w.attention] if attention else []
     assert found.keys() == {*names(stream), *within, *values} and len(values) == 2 * attention
     assert {name: e for name in found if (e := error(found[name], expected[name])) > tolerance} == {}
@@ -107,6 +106,26 @@ def test_the_error_goes_to_rows_that_the_loss_reads_only() -> None:
         expected = gradient(optimizer, closure)
     assert any("v_proj" in name for name in found)
     assert {name: e for name in found if (e := error(found[name], expected[name])) > 1e-3} == {}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_where_few_rows_are_read_nothing_within_feed_forward_parts_is_computed_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the estimate is the same."""
+    model, calls = BUILDERS[name](), []
+    closure, optimizer = closure_of(model, token_batch(), logits_to_keep=3), Guided(model, rank=8)
+    estimated(optimizer, closure)  # the stream and the bases are there
+    inner = [m.modules[0] for w in stream_of(model).writers if w.feed_forward for m in w.feed_forward.inner]
+    for module in inner:
+        module.register_forward_hook(lambda *_: calls.append(1))
+    few, called = estimated(optimizer, closure), len(calls)
+    assert called == len(inner)
+    monkeypatch.setattr("zoft.optim.guided.FEW", 0)
+    many = estimated(optimizer, closure)
+    assert len(calls) - called == 2 * len(inner)
+    for factor in many:
+        torch.testing.assert_close(few[factor], many[factor], rtol=1e-4, atol=1e-7)
 
 
 def test_attention_weights_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

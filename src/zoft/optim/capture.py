@@ -154,6 +154,11 @@ class Tokens:
         places = self._read[:, 0] * x.shape[1] + self._read[:, 1] - (length - x.shape[1])
         return x.detach().flatten(0, 1).index_select(0, places.to(x.device))
 
+    @property
+    def count(self) -> int:
+        """How many tokens the loss reads."""
+        return 0 if self._read is None else len(self._read)
+
     def window(self, batch: int, length: int) -> tuple[Tensor, int] | None:
         """The examples and places that the loss reads, int64 [rows, 2], and how many final places hold them all.
 

@@ -37,7 +37,9 @@ from zoft.optim.estimator import Estimate
 from zoft.optim.landscape import Landscape
 from zoft.optim.layers import LinearMap, input_of
 from zoft.optim.stream import Attention, Stream, Writer, find_stream
-from zoft.optim.transpose import transposed_product
+from zoft.optim.transpose import FeedForward, transposed_product
+
+FEW = 64  # rows: with fewer, a map's weight takes longer to read than to compute with, and its output little room
 
 
 @dataclass
@@ -79,10 +81,10 @@ class Guided:
         landscape.reached = stream.reached(self.feed_forward, self.attention)
         writers = [] if self.two_pass else stream.writers
         norms = {writer.norm.module for writer in writers if writer.norm}
-        readers = {writer.feed_forward.reader for writer in writers if writer.feed_forward and self.feed_forward}
+        inner = [writer.feed_forward for writer in writers if writer.feed_forward and self.feed_forward]
         attentions = [writer.attention for writer in writers if writer.attention and self.attention]
-        readers |= {attention.reader for attention in attentions}
-        with _kept(landscape, writers, {stream.norm.module} | norms | readers, attentions) as kept:
+        readers = {part.reader for part in inner} | {attention.reader for attention in attentions}
+        with _kept(landscape, writers, {stream.norm.module} | norms | readers, inner, attentions) as kept:
             loss = landscape.clean()
         if not math.isfinite(loss):
             return loss, [loss]
@@ -107,35 +109,63 @@ class _Kept:
     """What a clean pass leaves behind at the positions read: a few rows a layer."""
 
     tokens: Tokens
-    coordinates: dict[str, Tensor] = field(default_factory=dict)  # x A of each writer, by map name
+    coordinates: dict[str, Tensor] = field(default_factory=dict)  # x A by map name, of writers and what is in outputs
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of feed-forward parts' inner maps, if rows are `FEW`
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of norms, feed-forward parts and attention
     patterns: dict[str, tuple[Pattern, Tensor]] = field(default_factory=dict)  # of attention, by its values' map name,
     # and the inputs of the values, times A, as each head averages them [rows, H, r]
+
+    def keep(self, name: str, x: Tensor, basis: Tensor | None, y: Tensor | None = None) -> None:
+        """Keep what the factor of map `name` takes, the coordinates of `x` in `basis`, and its output `y`, if given."""
+        if basis is not None:
+            self.coordinates[name] = x.to(basis.device).float() @ basis
+        if y is not None:
+            self.outputs[name] = y
 
     def take(self, writer: Writer, error: Tensor, estimate: Estimate) -> Tensor:
         """Add the factor of `writer`, by the `error` at the stream; return the error at the writer's output."""
         error = error * writer.gain
         if writer.norm is not None:
             error = writer.norm.pull(self.inputs.pop(writer.norm.module), error)
-        coordinates = self.coordinates.pop(writer.map.name, None)
-        if coordinates is not None:
-            estimate.add_factor(writer.map.name, error.t() @ coordinates)
+        self.add_factor(writer.map.name, error, estimate)
         return error
+
+    def add_factor(self, name: str, error: Tensor, estimate: Estimate) -> None:
+        """Add the factor of map `name`, by the `error` at its output, if it has a basis."""
+        coordinates = self.coordinates.pop(name, None)
+        if coordinates is not None:
+            estimate.add_factor(name, error.t() @ coordinates)
 
 
 @contextmanager
 def _kept(
-    landscape: Landscape, writers: Sequence[Writer], modules: set[nn.Module], attentions: Sequence[Attention] = ()
+    landscape: Landscape,
+    writers: Sequence[Writer],
+    modules: set[nn.Module],
+    inner: Sequence[FeedForward] = (),
+    attentions: Sequence[Attention] = (),
 ) -> Iterator[_Kept]:
-    """While open, a forward pass leaves behind the coordinates of `writers`, the inputs of `modules`, and patterns."""
+    """While open, a forward pass leaves behind the coordinates of `writers`, the inputs of `modules`, and patterns.
+
+    And what `inner` maps give, if the loss reads few rows.
+    """
     kept = _Kept(Tokens())
     values: list[tuple[str, Tensor]] = []  # the latest map of values that was called, and x A of all its tokens
 
     def see_writer(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            basis, x = landscape.branches.basis(name), kept.tokens.read(input_of(args, kwargs))
-            if basis is not None and x is not None:
-                kept.coordinates[name] = x.to(basis.device).float() @ basis
+            x = kept.tokens.read(input_of(args, kwargs))
+            if x is not None:
+                kept.keep(name, x, landscape.branches.basis(name))
+
+        return see
+
+    def see_inner(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if kept.tokens.count <= FEW:
+                x, y = kept.tokens.read(input_of(args, kwargs)), kept.tokens.read(output)
+                if x is not None and y is not None:
+                    kept.keep(name, x, landscape.branches.basis(name), y)
 
         return see
 
@@ -164,6 +194,9 @@ def _kept(
         handles.callback(landscape.model.register_forward_pre_hook(kept.tokens.see, with_kwargs=True).remove)
         if attentions:
             handles.enter_context(attended(see_attention))
+        for layer in (layer for part in inner for layer in part.inner):
+            (module,) = layer.modules
+            handles.callback(module.register_forward_hook(see_inner(layer.name), with_kwargs=True).remove)
         for attention in attentions:
             (module,) = attention.values.modules
             hook = see_values(attention.values.name)
@@ -221,15 +254,23 @@ class _WayBack:
                 at_output = self.kept.take(writer, error if block.parallel else through, self.estimate)
                 if writer.attention is not None and self.attention:
                     through = through + self.attended(writer, writer.attention, at_output)
-                inner = writer.feed_forward
-                if inner is not None and self.feed_forward:
-                    at_input, x, errors = inner.pull(self.kept.inputs[inner.reader], at_output, self.transposed)
-                    through = through + at_input
-                    for name, inner_error in errors.items():
-                        basis = self.landscape.branches.basis(name)
-                        if basis is not None:
-                            self.estimate.add_factor(name, inner_error.t() @ (x.float() @ basis))
+                if writer.feed_forward is not None and self.feed_forward:
+                    through = through + self.fed_forward(writer.feed_forward, at_output)
             error = through
+
+    def fed_forward(self, part: FeedForward, error: Tensor) -> Tensor:
+        """The error at what `part` reads of the stream, for that at its output; adds the factors of its inner maps."""
+        kept = self.kept
+        if part.gate.name not in kept.outputs:
+            x = kept.inputs[part.reader] if part.norm is None else part.norm.module(kept.inputs[part.reader])
+            for layer in part.inner:
+                (module,) = layer.modules
+                kept.keep(layer.name, x, self.landscape.branches.basis(layer.name), module(x))
+        outputs = {layer.name: kept.outputs.pop(layer.name) for layer in part.inner}
+        at_x, errors = part.pull(outputs, error, self.transposed)
+        for name, at_output in errors.items():
+            kept.add_factor(name, at_output, self.estimate)
+        return self.to_stream(part, at_x)
 
     def attended(self, writer: Writer, attention: Attention, error: Tensor) -> Tensor:
         """The error at what `attention` reads of the stream, for that at the output of its `writer`; adds a factor."""
@@ -244,8 +285,11 @@ class _WayBack:
             self.estimate.add_factor(name, factor.index_add_(0, columns, of_heads))
         at_values = error.new_zeros(len(error), attention.values.d_out)
         at_values.index_add_(1, columns, pattern.pull(at_heads).flatten(1))
-        at_x = self.transposed(attention.values, at_values)
-        return at_x if attention.norm is None else attention.norm.pull(self.kept.inputs[attention.reader], at_x)
+        return self.to_stream(attention, self.transposed(attention.values, at_values))
+
+    def to_stream(self, part: FeedForward | Attention, at_x: Tensor) -> Tensor:
+        """The error at what `part` reads of the stream, for that behind its norm."""
+        return at_x if part.norm is None else part.norm.pull(self.kept.inputs[part.reader], at_x)
 
     def transposed(self, layer: LinearMap, error: Tensor) -> Tensor:
         """``error W`` with the weight as it is in this pass, coefficients included."""

@@ -83,7 +83,7 @@ class Stream:
     def reached(self, feed_forward: bool, attention: bool) -> set[str]:
         """The names of the writers, and with `feed_forward` and `attention` of other maps in the parts they end."""
         inner = [w.feed_forward for w in self.writers if w.feed_forward and feed_forward]
-        maps = [w.map for w in self.writers] + [m for part in inner for m in (part.gate, part.up) if m is not None]
+        maps = [w.map for w in self.writers] + [layer for part in inner for layer in part.inner]
         maps += [w.attention.values for w in self.writers if w.attention and attention]
         return {m.name for m in maps}
 

@@ -6,7 +6,7 @@ No autograd: what is needed of a module is found by evaluating it, and checked a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,24 +69,27 @@ class FeedForward:
         """The module that is called with h."""
         return self.norm.module if self.norm is not None else self.gate.modules[0]
 
-    def pull(self, h: Tensor, error: Tensor, transposed: Transposed) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """``J(h)^T error``, the rows x [n, d], and the errors at the outputs of `gate` and `up` [n, d_ff] by name.
+    @property
+    def inner(self) -> tuple[LinearMap, ...]:
+        """The maps of x."""
+        return (self.gate,) if self.up is None else (self.gate, self.up)
 
-        `error` is at the output of `down`, `h` are rows of the stream; `transposed` multiplies by a map's weight.
+    def pull(
+        self, outputs: Mapping[str, Tensor], error: Tensor, transposed: Transposed
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``J(x)^T error`` [n, d], and the errors at the `outputs` of `inner` [n, d_ff], by name.
+
+        `error` is at the output of `down`; `transposed` multiplies by a map's weight.
         """
-        x = h if self.norm is None else self.norm.module(h)
-        (gate,) = self.gate.modules
-        opening = gate(x)
-        hidden = transposed(self.down, error)
+        opening, hidden = outputs[self.gate.name], transposed(self.down, error)
         errors = {self.gate.name: hidden * slope_of(self.act, opening)}
         if self.up is not None:
-            (up,) = self.up.modules
-            errors[self.gate.name] *= up(x).float()
+            errors[self.gate.name] *= outputs[self.up.name].float()
             errors[self.up.name] = hidden * self.act(opening).float()
         at_x = transposed(self.gate, errors[self.gate.name])
         if self.up is not None:
             at_x = at_x + transposed(self.up, errors[self.up.name])
-        return (at_x if self.norm is None else self.norm.pull(h, at_x)), x, errors
+        return at_x, errors
 
 
 Transposed = Callable[[LinearMap, Tensor], Tensor]
