@@ -1,6 +1,9 @@
 """The user's own files."""
 
 import csv
+import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,62 @@ def test_prompts_and_completions(
     assert summary["examples"] == {"train": 16, "dev": 5, "validation": 3}
     assert (out / "adapter" / "adapter_config.json").is_file()
     assert zoft("eval", out, "--json").json()["exact_match"] == summary["best"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda i: {"messages": [said("user", f"what comes after {i}?"), said("assistant", str(i + 1))]},
+        lambda i: {"text": f"after {i} comes {i + 1}"},
+    ],
+    ids=["messages", "text"],
+)
+def test_what_is_read_and_not_generated(
+    row: Callable[[int], dict[str, Any]], zoft: Callable[..., Outcome], chat: Path, write: Any, tmp_path: Path
+) -> None:
+    file, out = write(tmp_path / "my.jsonl", [row(i) for i in range(30)]), tmp_path / "run"
+    summary = zoft("train", chat, "--data", file, *FEW, "--out", out, "--lr", "1e-2", "--json").json()
+    assert (summary["metric"], summary["forwards"]) == ("likelihood", 2)
+    found = zoft("eval", out, "--json").json()
+    assert found["likelihood"] == pytest.approx(math.exp(-found["loss"]))
+    assert found["likelihood"] == pytest.approx(summary["best"], rel=1e-5) and summary["best"] > summary["initial"]
+    shown = json.loads((out / "examples.json").read_text())[0]
+    assert shown["after"].startswith("likelihood 0.0") and "27" in shown["prompt"] + shown["answer"]
+    report = (out / "report.html").read_text()
+    assert "Likelihood on 5 dev examples" in report and "verdict" not in report.partition("</style>")[2]
+    assert (out / "adapter" / "chat_template.jinja").is_file()
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.fixture
+def chat(model: Path, tmp_path: Path) -> Path:
+    """The tiny model with a chat template."""
+    folder = tmp_path / "chat"
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [said("user", "hello")]}, "my.jsonl:1: the conversation does not end with a message of the assi"),
+        ({"text": " "}, "my.jsonl:1: an answer is empty or no text"),
+        ({"text": "a", "metric": "f1"}, "metric 'f1' does not fit this task; choose from likelihood"),
+    ],
+)
+def test_mistakes(
+    row: dict[str, Any], message: str, zoft: Callable[..., Outcome], chat: Path, write: Any, tmp_path: Path
+) -> None:
+    metric = ("--metric", row["metric"]) if "metric" in row else ()
+    outcome = zoft("train", chat, "--data", write(tmp_path / "my.jsonl", [row] * 9), *FEW, *metric)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and message in outcome.err
 
 
 def test_labelled_table(zoft: Callable[..., Outcome], model: Path, tmp_path: Path) -> None:

@@ -27,7 +27,10 @@ Template = Annotated[str | None, typer.Option(help='Your own task: the prompt, s
 Words = Annotated[str | None, typer.Option(help="Your own task: label words, such as 0=terrible,1=great.")]
 Label = Annotated[str | None, typer.Option(help="Your own task: the column of the label, or of the completion.")]
 Metric = Annotated[
-    str | None, typer.Option(help="Your own task: accuracy, matthews, exact_match, f1, number_match, FILE.py:FUNCTION.")
+    str | None,
+    typer.Option(
+        help="Your own task: accuracy, matthews, exact_match, f1, number_match, likelihood, FILE.py:FUNCTION."
+    ),
 ]
 Out = Annotated[Path | None, typer.Option(help="The run folder. Default: a new one in runs/.")]
 Dtype = Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16, or int8, nf4.")]

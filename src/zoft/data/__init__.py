@@ -3,16 +3,18 @@
 from .beginning import Begun, begin
 from .candidates import read_candidates
 from .collate import Collator
-from .custom import custom_task, parse_words
+from .custom import LIKELIHOOD, custom_task, parse_words
 from .dataset import TaskDataset
 from .encode import Encoder, Item
-from .metrics import score, score_each
+from .form import form_of
+from .metrics import likelihood, score, score_each
 from .objective import choose, examples, losses, positions_to_keep, read_logits, slope
 from .reward import is_reward, load_reward
-from .source import hold_out, load_rows, sample
+from .source import first_row, hold_out, load_rows, sample
 from .task import Row, Task, load_task, task_names
 
 __all__ = [
+    "LIKELIHOOD",
     "Begun",
     "Collator",
     "Encoder",
@@ -24,8 +26,11 @@ __all__ = [
     "choose",
     "custom_task",
     "examples",
+    "first_row",
+    "form_of",
     "hold_out",
     "is_reward",
+    "likelihood",
     "load_reward",
     "load_rows",
     "load_task",

@@ -19,7 +19,7 @@ class Collator:
 
     - Classification by label words of one token each ("train" and "eval"): a sequence is a prompt, N = B.
       `label_words` [W] int64; `targets` [B] int64, the index of the right word.
-    - "train" for choice and generation, and "eval" for generation: a sequence is a prompt with its right
+    - "train" for choice, generation and text, and "eval" for the latter two: a sequence is a prompt with its right
       candidate, N = B. `labels` [N, T] int64, the candidate's tokens at their own positions, -100 elsewhere.
     - "eval" for choice, and classification by longer label words: one sequence for each candidate, those of an
       example next to one another. `labels` as above; `counts` [B] int64, the candidates of each example, N = their
@@ -42,7 +42,7 @@ class Collator:
         if kind == "classification" and all(len(word) == 1 for word in items[0].candidates):
             words = {"label_words": torch.tensor([word for [word] in items[0].candidates])}
             return self._prompts(items) | words | _targets(items) | index
-        if kind == "generation" or (kind == "choice" and self.mode == "train"):
+        if kind in ("generation", "text") or (kind == "choice" and self.mode == "train"):
             return self._answered([(item.prompt, item.candidates[item.gold]) for item in items]) | index
         pairs = [(item.prompt, candidate) for item in items for candidate in item.candidates]
         counts = {

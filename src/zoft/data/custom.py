@@ -4,8 +4,12 @@ from collections.abc import Mapping
 
 from zoft.errors import UserError
 
+from .form import Form, conversation, text
 from .reward import is_reward
 from .task import Row, Task, template_columns
+
+GENERATED = ("exact_match", "f1", "number_match")
+LIKELIHOOD = "likelihood"
 
 
 def parse_words(text: str) -> dict[str, str]:
@@ -29,26 +33,34 @@ def custom_task(
     label: str | None = None,
     metric: str | None = None,
     answered: bool = True,
+    form: Form = "answer",
 ) -> Task:
-    """A task over columns that the user names.
+    """A task over columns that the user names, or that rows of their `form` have.
 
     With `words`, classification: the template, then the word for the value in column `label` ("label" if not
     given). The first column of the template is the one that is cut where the prompt is too long.
 
-    Without, generation: the template ("{prompt}" if not given), then the text in column `label` ("completion" if
-    not given; a list holds all accepted texts; the column may be missing if not `answered`). Nothing is cut.
+    Without, an answer to learn: the template ("{prompt}" if not given), then the text in column `label` ("completion"
+    if not given; a list holds all accepted texts; the column may be missing if not `answered`). Or, if neither is
+    given, the assistant's last message of a conversation, or a whole text (`zoft.data.form`).
 
-    `metric` is "accuracy" (if not given) or "matthews" for the first, "exact_match" (if not given), "f1" or
-    "number_match" for the second, or a reward (`zoft.data.reward`). Raises UserError for a template without columns
-    and a metric that does not fit.
+    `metric` is "accuracy" (if not given) or "matthews" for classification. An answer that is generated is measured by
+    "exact_match" (if not given), "f1", "number_match" or a reward (`zoft.data.reward`), one that is only read by
+    "likelihood", as conversations are if no metric is given, and texts always. What is only read may be cut at its end.
+
+    Raises UserError for a template without columns and a metric that does not fit.
     """
     if words and not template:
         raise UserError('label words need a template such as "{text} It was"')
+    if template or label:
+        form = "answer"
     template = template or "{prompt}"
     columns = template_columns(template)
-    known = ("accuracy", "matthews") if words else ("exact_match", "f1", "number_match")
+    known: tuple[str, ...] = ("accuracy", "matthews") if words else (*GENERATED, LIKELIHOOD)
+    if form != "answer":
+        known = (LIKELIHOOD, *GENERATED) if form == "conversation" else (LIKELIHOOD,)
     metric = metric or known[0]
-    if metric not in known and not is_reward(metric):
+    if metric not in known and not (is_reward(metric) and form != "text"):
         raise UserError(f"metric {metric!r} does not fit this task; choose from {', '.join(known)}")
     if words:
         return Task(
@@ -65,17 +77,22 @@ def custom_task(
     answer = label or "completion"
 
     def adapt(row: Row) -> Row:
+        if form == "conversation":
+            return conversation(row, answered)
+        if form == "text":
+            return text(row)
         value = row[answer] if answered else row.get(answer, "")
-        return {"answers": [str(text) for text in (value if isinstance(value, list) else [value])]}
+        return {"answers": [str(one) for one in (value if isinstance(value, list) else [value])]}
 
+    read = metric == LIKELIHOOD
     return Task(
         name="custom",
         title="Own data",
-        kind="generation",
+        kind="text" if read else "generation",
         prompt=template,
         label=answer,
         adapt=adapt,
         metric=metric,
         answered=answered,
-        max_new_tokens=128,
+        max_new_tokens=0 if read else 128,
     )

@@ -2,9 +2,11 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
 
 from zoft.errors import UserError
 
@@ -39,12 +41,14 @@ class Encoder:
 
     Prompt and candidate together are the tokens of their joined text, after the beginning-of-sequence token of
     a tokenizer that adds one. `shots` are rows shown with their answers before the prompt. An answer to generate
-    ends in the end-of-sequence token (without one, in the task's stop), so that the model learns to stop.
+    ends in the end-of-sequence token (without one, in the task's stop), so that the model learns to stop. Conversations
+    are written by the tokenizer's chat template, with the tokens that it begins and ends texts with.
 
     A prompt with its longest candidate has at most `max_length` tokens (to generate takes `task.max_new_tokens`
     beyond the prompt, for which the caller leaves room): what is longer loses its shots, the first of them first,
-    then the end of its passage, as a shot is worth less than the row's own text. Raises UserError where that is
-    not enough, and for label words that the tokenizer does not tell apart.
+    then the end of its passage, as a shot is worth less than the row's own text; an answer that is only read loses its
+    end. Raises UserError where that is not enough, for conversations that the tokenizer has no chat template for, and
+    for label words that it does not tell apart.
 
     words: the label words' ids, in the order of `task.words` (empty for other kinds).
     single_token: whether each of them is one token.
@@ -60,8 +64,10 @@ class Encoder:
         self._start = [bos] if bos is not None and bos in tokenizer("").input_ids else []
         eos = tokenizer.eos_token_id
         self._end: list[int] = []
-        if task.kind == "generation":
+        if task.kind in ("generation", "text"):
             self._end = [eos] if eos is not None else self._ids(task.stop or "\n")
+        if any("turns" in row for row in shots):
+            raise UserError("conversations are no shots: what is to stand before one belongs into its messages")
         self._shots = [self._shown(row) + "\n\n" for row in shots]
         # The template stands for every prompt: a word's tokens depend on no more than the prompt's last character.
         self.words = self._split(task.prompt, list(task.words.values()))[1] if task.words else []
@@ -78,7 +84,11 @@ class Encoder:
         return self._cut(row, index)
 
     def _cut(self, row: Row, index: int) -> Item:
-        """The example with as much of its passage as there is room for."""
+        """The example with as much of its passage as there is room for, or of an answer that is only read."""
+        if self.task.kind == "text":
+            whole = self._item(row, index, "", truncated=True)
+            if (left := self.max_length - len(whole.prompt)) > 0:
+                return replace(whole, candidates=[whole.candidates[0][:left]])
         column = self.task.passage
         text = row[column] if column else ""
 
@@ -95,22 +105,45 @@ class Encoder:
         return item(kept)
 
     def _item(self, row: Row, index: int, context: str, truncated: bool) -> Item:
-        text = context + self.task.show(row)
-        if self.words:
-            prompt, candidates = self._ids(text), self.words
+        if "turns" in row:
+            prompt, candidates = self._conversation(row, index)
         else:
-            prompt, candidates = self._split(text, self.task.choices(row))
-        prompt = self._start + prompt
+            text = context + self.task.show(row)
+            if self.words:
+                prompt, candidates = self._ids(text), self.words
+            else:
+                prompt, candidates = self._split(text, self.task.choices(row))
+            prompt = self._start + prompt
+        if not prompt and self.task.kind == "text":  # what nothing stands before cannot be predicted
+            prompt, candidates = candidates[0][:1], [candidates[0][1:]]
         if not prompt:
             raise UserError(f"row {index}: the prompt is empty")
         return Item(index, prompt, candidates, self.task.golds(row)[0], truncated, self.task.kind)
 
     def _split(self, prompt: str, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """The tokens of the joined texts, split where they and the prompt's own tokens part."""
-        texts = [self._ids(join(prompt, answer)) + self._end for answer in answers]
+        return self._part(prompt, [self._ids(join(prompt, answer)) + self._end for answer in answers])
+
+    def _part(self, prompt: str, texts: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
         columns = zip(self._ids(prompt), *texts, strict=False)
         shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
         return texts[0][:shared], [text[shared:] for text in texts]
+
+    def _conversation(self, row: Row, index: int) -> tuple[list[int], list[list[int]]]:
+        """The tokens of the turns and of the reply, as the tokenizer's chat template writes them."""
+        turns, reply = row["turns"], row["reply"]
+        if not self._tokenizer.chat_template:
+            raise UserError(
+                "the model has no chat template: choose one that has, or give prompt and completion as text"
+            )
+        try:
+            prompt = str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            whole = self._tokenizer.apply_chat_template([*turns, reply], tokenize=False) if reply else prompt
+        except (TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"row {index}: the chat template refuses this conversation: {error}") from error
+        text = self._ids(str(whole).rstrip()) if reply else self._ids(prompt)
+        ended = reply and text[-1] in self._tokenizer.added_tokens_decoder  # by the template
+        return self._part(prompt, [text if ended else text + self._end])
 
     def _shown(self, row: Row) -> str:
         return join(self.task.show(row), self.task.choices(row)[self.task.golds(row)[0]])

@@ -49,17 +49,26 @@ def number_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -
     )
 
 
+def likelihood(losses: Sequence[float], golds: Sequence[Sequence[int]]) -> float:
+    """The geometric mean of the probabilities of the answers' tokens, every example counting alike: ``exp(-loss)``."""
+    return math.exp(-fmean(losses))
+
+
 METRICS: dict[str, Callable[..., float]] = {
     "accuracy": accuracy,
     "matthews": matthews,
     "f1": f1,
     "exact_match": exact_match,
     "number_match": number_match,
+    "likelihood": likelihood,
 }
 
 
-def score(task: Task, predictions: Sequence[int] | Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
-    """The task's metrics, the main one first, of predicted indices or generated texts for these rows.
+Predictions = Sequence[int] | Sequence[str] | Sequence[float]
+
+
+def score(task: Task, predictions: Predictions, rows: Sequence[Row]) -> dict[str, float]:
+    """The task's metrics, the main one first, of predicted indices, generated texts, or losses of texts for these rows.
 
     Generated text counts up to the task's stop.
     """
@@ -70,7 +79,7 @@ def score(task: Task, predictions: Sequence[int] | Sequence[str], rows: Sequence
     }
 
 
-def score_each(task: Task, name: str, predictions: Sequence[int] | Sequence[str], rows: Sequence[Row]) -> list[float]:
+def score_each(task: Task, name: str, predictions: Predictions, rows: Sequence[Row]) -> list[float]:
     """The metric `name`, which is a mean over examples, of each of them."""
     found, right = _found_and_right(task, predictions, rows)
     if not is_reward(name):

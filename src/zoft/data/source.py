@@ -42,6 +42,14 @@ def load_rows(task: Task, data: str | Path | None, split: Split) -> list[Row]:
     return rows
 
 
+def first_row(data: str | Path) -> Row:
+    """The first training row of a file or folder, as it is stored. Raises UserError as `load_rows` does."""
+    path = Path(data)
+    for _, row in _file_rows(_split_file(path, "train") if path.is_dir() else path):
+        return row
+    raise UserError(f"{path}: no rows")
+
+
 def sample(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """`count` rows drawn without replacement, in their stored order; all of them if there are no more."""
     chosen = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))

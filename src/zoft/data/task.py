@@ -14,7 +14,7 @@ from zoft.errors import UserError
 from . import tasks
 
 Row = dict[str, Any]
-Kind = Literal["classification", "choice", "generation"]
+Kind = Literal["classification", "choice", "generation", "text"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,12 @@ class Task:
     - classification: one of `words`, which maps each value of the `label` column (as text) to its label word;
     - choice: one of the texts in the column `choices`, the `label` column being the index of the right one, or
       the list of indices if several are right;
-    - generation: the first text in the column `answers`, which lists every answer the metric accepts.
+    - generation: the first text in the column `answers`, which lists every answer the metric accepts;
+    - text: the same, but it is read and not generated, and measured by its likelihood.
 
-    Data sets whose columns differ from these have an `adapt`, which returns the columns to add or replace.
-    Templates, words and answers are written without a space where they meet: see `join`.
+    A row of a conversation has `turns` and a `reply` as well (`zoft.data.form`). Data sets whose columns differ from
+    these have an `adapt`, which returns the columns to add or replace. Templates, words
+    and answers are written without a space where they meet: see `join`.
     """
 
     name: str
@@ -81,7 +83,7 @@ class Task:
         return self.prompt.format_map(row).rstrip(" ")
 
     def choices(self, row: Row) -> list[str]:
-        """The continuations to choose from; for generation, the answer to learn."""
+        """The continuations to choose from; for generation and text, the answer to learn."""
         if self.kind == "classification":
             return list(self.words.values())
         return row["choices"] if self.kind == "choice" else row["answers"][:1]
@@ -129,9 +131,9 @@ def join(prompt: str, answer: str) -> str:
     """The prompt and what follows it, with one space between them unless there is a line break.
 
     The space then belongs to the answer's first token, as tokenizers have it inside a text, and never to the
-    prompt's last.
+    prompt's last. An empty prompt needs none.
     """
-    if prompt.endswith("\n") or answer.startswith("\n"):
+    if not prompt or prompt.endswith("\n") or answer.startswith("\n"):
         return prompt + answer
     return f"{prompt.rstrip(' ')} {answer.lstrip(' ')}"
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from zoft.data import Task, custom_task, is_reward, load_reward, load_task, parse_words
+from zoft.data import LIKELIHOOD, Task, custom_task, first_row, form_of, is_reward, load_reward, load_task, parse_words
 from zoft.errors import UserError
 from zoft.train.files import free_folder, write_text
 from zoft.train.models import DTYPES, QUANTIZED, find_device
@@ -119,8 +119,11 @@ class TrainConfig:
         else:
             words = parse_words(self.words) if self.words is not None else None
             answered = reward is None or self.metric not in (None, reward)
-            task = custom_task(self.template, words, self.label, self.metric or reward, answered)
+            form = "answer" if self.data is None else form_of(first_row(self.data))
+            task = custom_task(self.template, words, self.label, self.metric or reward, answered, form)
         if reward not in (None, task.metric):
+            if task.kind == "text":
+                raise UserError(f"objective {reward} needs generated answers; metric {task.metric} generates none")
             task = dataclasses.replace(task, metric=reward, also=(task.metric, *task.also))
         for name in filter(is_reward, (task.metric, *task.also)):
             load_reward(name)  # what is wrong with it is said before a model is loaded
@@ -130,7 +133,7 @@ class TrainConfig:
         """Raises UserError if the objective is no metric of single examples, or the method has to know its slope."""
         if self.objective == LOSS:
             return
-        names = [LOSS, *(name for name in (task.metric, *task.also) if name != "matthews")]
+        names = [LOSS, *(name for name in (task.metric, *task.also) if name not in ("matthews", LIKELIHOOD))]
         if self.objective not in names:
             raise UserError(f"unknown objective {self.objective!r} of {task.title}; {near_miss(self.objective, names)}")
         if self.method in (AUTO, "guided", *FIRST_ORDER) or AUTO in (self.lr, self.eps):

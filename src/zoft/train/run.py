@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from zoft import __version__
-from zoft.data import Task, TaskDataset
+from zoft.data import Task, TaskDataset, likelihood
 from zoft.errors import UserError
 from zoft.optim import EstimateWarning, NoStream
 from zoft.report import write_report
@@ -156,10 +156,12 @@ def _validate(run: Run) -> dict[str, Any]:
 
 
 def _texts(trainer: TaskTrainer, dataset: TaskDataset) -> list[str]:
-    """What was predicted for the first rows, as text."""
-    rows = dataset.rows[:EXAMPLES_SHOWN]
+    """What was predicted for the first rows, as text; where nothing is, how likely the answer's tokens were."""
+    rows, predictions = dataset.rows[:EXAMPLES_SHOWN], trainer.predictions
+    if trainer.task.kind == "text":
+        return [f"likelihood {likelihood([predictions[i]], []):.3f}" for i in range(len(rows))]
     return [
-        str(found) if isinstance(found := trainer.predictions[i], str) else trainer.task.choices(row)[found]
+        str(found) if isinstance(found := predictions[i], str) else trainer.task.choices(row)[found]
         for i, row in enumerate(rows)
     ]
 

@@ -77,8 +77,8 @@ class TaskTrainer(ZOTrainer):
     A checkpoint is written aside and renamed once it is whole, and notes the identity of the `run`; the best one and
     the last are kept.
 
-    After an evaluation, `predictions` holds what was predicted, by row number: a candidate's index or a text. With
-    ``args.save_strategy="best"``, checkpoints are saved at a new best and, if `save_steps` is given, every so many
+    After an evaluation, `predictions` holds what was predicted, by row number: a candidate's index, a text, or a loss.
+    With ``args.save_strategy="best"``, checkpoints are saved at a new best and, if `save_steps` is given, every so many
     steps (where it is evaluated) and at the end.
     """
 
@@ -96,7 +96,7 @@ class TaskTrainer(ZOTrainer):
         self.task, self.tokenizer, self.save_steps, self.run = task, tokenizer, save_steps, run or {}
         self._place: Path | None = None  # of a checkpoint that is being written
         self.objective: str = objective
-        self.predictions: dict[int, int | str] = {}
+        self.predictions: dict[int, Any] = {}
         pad = tokenizer.pad_token_id
         self._predict = Collator(pad, "generate" if task.kind == "generation" else "eval")
         collate = Collator(pad, "train") if objective == LOSS else self._predict
@@ -165,7 +165,7 @@ class TaskTrainer(ZOTrainer):
         return None, self._guess(model, inputs, together=True), inputs["index"]
 
     def _guess(self, model: nn.Module, inputs: dict[str, Tensor], together: bool = False) -> tuple[Tensor, ...]:
-        """Predicted candidates [B] and the losses [B]; or predicted tokens [B, new].
+        """Predicted candidates [B] and the losses [B]; or predicted tokens [B, new]; or, of texts, the losses twice.
 
         With `together`, what all begin with is read once; not in a step, whose directions may differ by the sequence.
         """
@@ -177,7 +177,8 @@ class TaskTrainer(ZOTrainer):
                 logits, batch = read_candidates(model, inputs)
             else:
                 logits, batch = begun.logits(model, positions_to_keep(inputs)), inputs
-            return choose(logits, batch), losses(logits, batch)
+            found = losses(logits, batch)
+            return found if self.task.kind == "text" else choose(logits, batch), found
 
     def _shortfall(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """One minus the objective, of each example [B]."""

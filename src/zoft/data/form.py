@@ -1,0 +1,43 @@
+"""The forms that the user's rows may have: those that TRL's SFTTrainer takes."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from zoft.errors import UserError
+
+from .task import Row
+
+Form = Literal["answer", "conversation", "text"]
+
+
+def form_of(row: Mapping[str, Any]) -> Form:
+    """What a row is, by its columns: a prompt and its answer, a conversation, or text.
+
+    A conversation has ``messages``, or messages in ``prompt`` and ``completion``; text has ``text`` and none of these.
+    """
+    if isinstance(row.get("messages"), list) or isinstance(row.get("prompt"), list):
+        return "conversation"
+    return "text" if "text" in row and not {"prompt", "completion"} & row.keys() else "answer"
+
+
+def conversation(row: Row, answered: bool) -> Row:
+    """The columns of a conversation: `turns`, all messages before the `reply` to learn, which is the assistant's last.
+
+    Its text is the answer, and the turns are shown as the prompt. Unless `answered`, the reply may be missing (None).
+    Raises UserError for what is no message, and for a conversation without its reply.
+    """
+    messages = row["messages"] if "messages" in row else [*row["prompt"], *row.get("completion", [])]
+    for message in messages:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and message.get("content")):
+            raise UserError(f'{message!r:.60} is no message of the form {{"role": "user", "content": "..."}}')
+    replied = bool(messages) and messages[-1]["role"] == "assistant"
+    if answered and not replied:
+        raise UserError("the conversation does not end with a message of the assistant, which is what is learned")
+    turns, reply = (messages[:-1], messages[-1]) if replied else (messages, None)
+    shown = "\n".join(f"{message['role']}: {message['content']}" for message in turns)
+    return {"prompt": shown, "turns": turns, "reply": reply, "answers": [reply["content"] if reply else ""]}
+
+
+def text(row: Row) -> Row:
+    """The columns of a text that is learned from its beginning."""
+    return {"prompt": "", "answers": [row["text"]]}

@@ -1,0 +1,161 @@
+"""The user's rows: prompts and answers, conversations, texts."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from zoft.data import Collator, Encoder, Item, custom_task, form_of, score
+from zoft.errors import UserError
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TURNS = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what drinks the cat?"}]
+REPLY = {"role": "assistant", "content": "green tea"}
+
+
+@pytest.fixture
+def chat(bos_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(bos_tokenizer)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def encoded(tokenizer: PreTrainedTokenizerFast, raw: dict[str, Any], length: int = 999, **options: Any) -> Item:
+    task = custom_task(form=form_of(raw), **options)
+    return Encoder(tokenizer, task, max_length=length)(task.read(raw))
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"prompt": "a", "completion": "b", "text": "c"}, "answer"),
+        ({"question": "a"}, "answer"),
+        ({"messages": TURNS}, "conversation"),
+        ({"prompt": TURNS, "completion": [REPLY]}, "conversation"),
+        ({"text": "a", "source": "b"}, "text"),
+        ({"text": "a", "messages": "three"}, "text"),
+    ],
+)
+def test_form(row: dict[str, Any], form: str) -> None:
+    assert form_of(row) == form
+
+
+@pytest.mark.parametrize("raw", [{"messages": [*TURNS, REPLY]}, {"prompt": TURNS, "completion": [REPLY]}])
+def test_the_last_reply_of_a_conversation_is_learned(chat: PreTrainedTokenizerFast, raw: dict[str, Any]) -> None:
+    """Written by the chat template, which has the only beginning and end."""
+    item = encoded(chat, raw)
+    whole = chat.apply_chat_template([*TURNS, REPLY], tokenize=False).rstrip()
+    assert item.prompt + item.candidates[0] == chat(whole, add_special_tokens=False).input_ids
+    assert chat.decode(item.prompt).endswith("<|assistant|>")
+    assert chat.decode(item.candidates[0]) == "green tea<eos>"
+    assert item.prompt.count(chat.bos_token_id) == 1 and item.kind == "text"
+
+
+def test_a_template_without_an_end_has_the_tokenizers(chat: PreTrainedTokenizerFast) -> None:
+    chat.chat_template = CHATML.replace("{{ eos_token }}", "")
+    assert chat.decode(encoded(chat, {"messages": [*TURNS, REPLY]}).candidates[0]) == "green tea<eos>"
+
+
+def test_a_prompt_that_the_reply_replaces_is_not_learned(chat: PreTrainedTokenizerFast) -> None:
+    """Templates of reasoning models open a thought, which a reply without one does not have."""
+    chat.chat_template = CHATML.replace("<|assistant|>", "<|assistant|><think>")
+    item = encoded(chat, {"messages": [*TURNS, REPLY]})
+    assert chat.decode(item.prompt).endswith("<|assistant|>") and chat.decode(item.candidates[0]) == "green tea<eos>"
+
+
+def test_a_conversation_to_be_answered_may_lack_its_reply(chat: PreTrainedTokenizerFast) -> None:
+    item = encoded(chat, {"messages": TURNS}, answered=False, metric="rewards.py:f")
+    assert chat.decode(item.prompt).endswith("<|assistant|>") and item.candidates == [[chat.eos_token_id]]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (TURNS, "does not end with a message of the assistant"),
+        ([], "does not end with a message of the assistant"),
+        ([*TURNS, {"role": "assistant"}], "is no message of the form"),
+        (["hello"], "'hello' is no message of the form"),
+        ([*TURNS, REPLY | {"content": [{"type": "image"}]}], "an answer is empty or no text"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(messages: list[Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        custom_task(form="conversation").read({"messages": messages})
+
+
+def test_what_the_template_refuses_is_said(chat: PreTrainedTokenizerFast) -> None:
+    chat.chat_template = "{{ raise_exception('no system message') }}"
+    with pytest.raises(UserError, match="row 0: the chat template refuses this conversation: no system message"):
+        encoded(chat, {"messages": [*TURNS, REPLY]})
+    chat.chat_template = None
+    with pytest.raises(UserError, match="the model has no chat template"):
+        encoded(chat, {"messages": [*TURNS, REPLY]})
+
+
+def test_conversations_are_no_shots(chat: PreTrainedTokenizerFast) -> None:
+    task = custom_task(form="conversation")
+    with pytest.raises(UserError, match="no shots"):
+        Encoder(chat, task, max_length=99, shots=[task.read({"messages": [*TURNS, REPLY]})])
+
+
+def test_a_text_is_learned_from_its_beginning(
+    tokenizer: PreTrainedTokenizerFast, bos_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Without a token that stands for the beginning, from its second token."""
+    text = "the cat drinks green tea"
+    with_start, without = encoded(bos_tokenizer, {"text": text}), encoded(tokenizer, {"text": text})
+    ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    assert (with_start.prompt, with_start.candidates) == ([bos_tokenizer.bos_token_id], [ids])
+    assert (without.prompt, without.candidates) == (ids[:1], [ids[1:]])
+
+
+def test_what_is_only_read_is_cut_at_its_end(chat: PreTrainedTokenizerFast) -> None:
+    """And a conversation whose turns alone are too long is refused."""
+    raw = {"messages": [*TURNS, REPLY]}
+    whole = encoded(chat, raw)
+    cut = encoded(chat, raw, len(whole.prompt) + 1)
+    assert cut.truncated and (cut.prompt, cut.candidates) == (whole.prompt, [whole.candidates[0][:1]])
+    with pytest.raises(UserError, match="none of which may be cut, but only 20 fit"):
+        encoded(chat, raw, 20)
+
+
+@pytest.mark.parametrize(
+    ("form", "metric", "found"),
+    [
+        ("conversation", None, ("text", "likelihood")),
+        ("conversation", "f1", ("generation", "f1")),
+        ("text", None, ("text", "likelihood")),
+        ("answer", "likelihood", ("text", "likelihood")),
+        ("answer", None, ("generation", "exact_match")),
+    ],
+)
+def test_metrics(form: Any, metric: str | None, found: tuple[str, str]) -> None:
+    task = custom_task(form=form, metric=metric)
+    assert (task.kind, task.metric) == found and (task.max_new_tokens > 0) == (task.kind == "generation")
+
+
+def test_a_text_is_not_generated() -> None:
+    with pytest.raises(UserError, match="metric 'f1' does not fit this task; choose from likelihood"):
+        custom_task(form="text", metric="f1")
+
+
+def test_a_named_template_takes_the_columns_as_they_are() -> None:
+    assert custom_task("{text} It was", {"0": "bad", "1": "good"}, form="text").kind == "classification"
+    assert custom_task("{text}", label="reply", form="text").read({"text": "a", "reply": "b"})["answers"] == ["b"]
+
+
+def test_likelihood() -> None:
+    task = custom_task(form="text")
+    rows = [task.read({"text": text}) for text in ("a", "b")]
+    assert score(task, [math.log(2), math.log(8)], rows) == {"likelihood": pytest.approx(1 / 4)}
+
+
+def test_a_text_is_evaluated_as_it_is_trained(tokenizer: PreTrainedTokenizerFast) -> None:
+    items = [encoded(tokenizer, {"text": text}) for text in ("the cat", "the cat drinks green tea")]
+    train, evaluation = (Collator(0, mode)(items) for mode in ("train", "eval"))
+    assert all(train[name].equal(evaluation[name]) for name in train.keys() | evaluation.keys())
