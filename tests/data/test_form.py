@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,6 +113,16 @@ def test_a_text_is_learned_from_its_beginning(
     ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
     assert (with_start.prompt, with_start.candidates) == ([bos_tokenizer.bos_token_id], [ids])
     assert (without.prompt, without.candidates) == (ids[:1], [ids[1:]])
+
+
+def test_a_long_conversation_loses_its_first_turns(chat: PreTrainedTokenizerFast) -> None:
+    """But not the system message, and what remains begins with the user."""
+    turns = [{"role": role, "content": f"{role} {i} " * 9} for i in range(3) for role in ("user", "assistant")]
+    whole, last = (encoded(chat, {"messages": [TURNS[0], *some, *TURNS[1:], REPLY]}) for some in (turns, turns[4:]))
+    item = encoded(chat, {"messages": [TURNS[0], *turns, *TURNS[1:], REPLY]}, last.length + 5)
+    assert item.length < whole.length and item == replace(last, truncated=True)
+    alone = encoded(chat, {"messages": [TURNS[1], REPLY]})
+    assert encoded(chat, {"messages": [*turns, TURNS[1], REPLY]}, alone.length) == replace(alone, truncated=True)
 
 
 def test_what_is_only_read_is_cut_at_its_end(chat: PreTrainedTokenizerFast) -> None:

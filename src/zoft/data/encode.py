@@ -1,7 +1,7 @@
 """From a row to token ids."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -46,9 +46,9 @@ class Encoder:
 
     A prompt with its longest candidate has at most `max_length` tokens (to generate takes `task.max_new_tokens`
     beyond the prompt, for which the caller leaves room): what is longer loses its shots, the first of them first,
-    then the end of its passage, as a shot is worth less than the row's own text; an answer that is only read loses its
-    end. Raises UserError where that is not enough, for conversations that the tokenizer has no chat template for, and
-    for label words that it does not tell apart.
+    then the end of its passage, as a shot is worth less than the row's own text; a conversation loses its first turns,
+    but for a system message; and an answer that is only read its end. Raises UserError where that is not enough, for
+    conversations that the tokenizer has no chat template for, and for label words that it does not tell apart.
 
     words: the label words' ids, in the order of `task.words` (empty for other kinds).
     single_token: whether each of them is one token.
@@ -77,11 +77,22 @@ class Encoder:
 
     def __call__(self, row: Row, index: int = 0) -> Item:
         """The example of a row, as `Task.read` gave it."""
-        for first in range(len(self._shots) + 1):
-            item = self._item(row, index, "".join(self._shots[first:]), truncated=first > 0)
+        for number, (less, context) in enumerate(self._shortened(row)):
+            item = self._item(less, index, context, truncated=number > 0)
             if item.length <= self.max_length:
                 return item
-        return self._cut(row, index)
+        return self._cut(less, index)
+
+    def _shortened(self, row: Row) -> Iterator[tuple[Row, str]]:
+        """The row and what is shown before it, less and less of it; or less and less of a conversation's turns."""
+        if "turns" not in row:
+            yield from ((row, "".join(self._shots[first:])) for first in range(len(self._shots) + 1))
+            return
+        turns = row["turns"]
+        system = [turn for turn in turns[:1] if turn["role"] == "system"]
+        users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+        yield row, ""
+        yield from (({**row, "turns": system + turns[i:]}, "") for i in users if i > len(system))
 
     def _cut(self, row: Row, index: int) -> Item:
         """The example with as much of its passage as there is room for, or of an answer that is only read."""
