@@ -61,14 +61,18 @@ def test_unlabelled_rows_are_left_out(tmp_path: Path) -> None:
         ("a.jsonl", b"", "a.jsonl: no labelled rows for train"),
         ("a.jsonl", b'{"sentence": "x", "label": 1}', "one row cannot serve both"),
         ("a.jsonl", b'{"sentence": "x", "label": 1}\n{"sentence": ', "a.jsonl:2: broken JSON at column 14"),
-        ("a.jsonl", b"[1]", "a.jsonl:1: expected one JSON object a line, found list"),
+        ("a.jsonl", b"[1]", "a.jsonl:1: expected a JSON object, found list"),
         ("a.jsonl", b'{"sentence": "\xff"}', "a.jsonl: not UTF-8"),
         ("a.jsonl", b'\n{"text": "x", "label": 1}', "a.jsonl:2: no column 'sentence'; the columns are 'text'"),
         ("a.jsonl", b'{"sentence": "x", "label": 5}', "a.jsonl:1: column 'label': 5 is none of the labels"),
         ("a.csv", b"sentence,label\nx", "a.csv:2: the row has not as many fields as the header"),
         ("a.csv", b"sentence,label\nx,1,2", "a.csv:2: the row has not as many fields as the header"),
         ("a.csv", b'sentence,label\n"x"y,1', "a.csv:2: broken CSV"),
-        ("a.txt", b"x", "a.txt: expected a .jsonl or .csv file"),
+        ("a.json", b'{"sentence": "x", "label": 1}', "a.json: expected an array of JSON objects; one object a line"),
+        ("a.json", b'[{"sentence": "x"},\n {"sentence": ]', "a.json: broken JSON at line 2, column 15"),
+        ("a.json", b'[{"sentence": "x", "label": 1}, 2]', "a.json row 2: expected a JSON object, found int"),
+        ("a.parquet", b"PAR1", "a.parquet: broken Parquet"),
+        ("a.txt", b"x", "a.txt: expected a .jsonl, .json, .csv or .parquet file"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -81,8 +85,58 @@ def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         load_rows(SST2, tmp_path / "nowhere", "train")
     (tmp_path / "dev.jsonl").touch()
-    with pytest.raises(UserError, match=r"no train.jsonl or train.csv; the folder holds dev.jsonl"):
+    with pytest.raises(
+        UserError, match=r"no train.jsonl \(.jsonl, .json, .csv or .parquet\); the folder holds dev.jsonl"
+    ):
         load_rows(SST2, tmp_path, "train")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_files_of_other_formats(suffix: str, tmp_path: Path) -> None:
+    file, rows = tmp_path / f"train{suffix}", [*rows_of(20)]
+    if suffix == ".json":
+        file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(file)
+    assert load_rows(SST2, tmp_path, "train") == rows
+    assert load_rows(SST2, file, "validation") == rows[-2:]
+
+
+@pytest.mark.parametrize(
+    ("splits", "read"),
+    [
+        (["train", "validation", "test"], ["train", "validation"]),
+        (["train_sft", "test_sft", "train_gen"], ["train_sft", "test_sft"]),
+        (["train"], ["train", "train"]),
+    ],
+)
+def test_own_data_set_of_the_hub(splits: list[str], read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, asked = [], []
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *which: asked.append(which) or splits)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *which, split: calls.append((*which, split)) or rows_of(20))
+    found = [load_rows(SST2, Path("owner/films:short"), split) for split in ("train", "validation")]
+    assert asked[0] == ("owner/films", "short") and calls == [("owner/films", "short", split) for split in read]
+    held = read == ["train", "train"]
+    assert found == ([rows_of(20)[:-2], rows_of(20)[-2:]] if held else [rows_of(20)] * 2)
+
+
+def test_own_data_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["test"])
+    with pytest.raises(UserError, match="owner/films: no split train; the data set has test"):
+        load_rows(SST2, "owner/films", "train")
+
+    def unreachable(*_: object) -> None:
+        raise ConnectionError("Couldn't reach the hub\nlong story")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)
+    with pytest.raises(UserError, match="no such file or folder, and not to be had from the hub: ConnectionError: C"):
+        load_rows(SST2, "owner/films", "train")
+    with pytest.raises(UserError, match=r"owner/films\.jsonl: no such file or folder$"):
+        load_rows(SST2, "owner/films.jsonl", "train")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    with pytest.raises(UserError, match="owner/films: no such file or folder$"):
+        load_rows(SST2, "owner/films", "train")
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,10 @@ Model = Annotated[
 TaskName = Annotated[str | None, typer.Option("--task", help="A built-in task; see *zoft tasks*.")]
 Data = Annotated[
     Path | None,
-    typer.Option(help="Folder with train.jsonl and validation.jsonl, or one .jsonl or .csv file. Default: the hub."),
+    typer.Option(
+        help="Folder with train.jsonl and validation.jsonl, one such file (.jsonl, .json, .csv, .parquet), or a "
+        "data set of the hub, owner/name. Default: the task's, from the hub."
+    ),
 ]
 Template = Annotated[str | None, typer.Option(help='Your own task: the prompt, such as "{text} It was".')]
 Words = Annotated[str | None, typer.Option(help="Your own task: label words, such as 0=terrible,1=great.")]

@@ -1,53 +1,49 @@
 """Rows: from files of the user, or from the hub."""
 
-import csv
-import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from zoft.errors import UserError
 
+from .files import READERS, Places, file_rows, split_file
 from .task import Row, Task
 
 Split = Literal["train", "validation"]
+NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev", "test")}
 
 
 def load_rows(task: Task, data: str | Path | None, split: Split) -> list[Row]:
     """The rows of a split, in stored order, as `task.read` gives them.
 
-    data: None for the task's data set on the hub; or a folder with train.jsonl and validation.jsonl (or .csv),
-    where test.jsonl (or .csv) stands in for a missing validation file, as some benchmarks have only that; or one
-    .jsonl or .csv file, of which the last tenth (at least 1 row, at most 500) is held out as "validation".
+    data: None for the task's data set on the hub; or a folder with files train and validation (.jsonl, .json, .csv or
+    .parquet), where test stands in for a missing validation, as some benchmarks have only that; or one such file; or a
+    data set of the hub, "owner/name" or "owner/name:configuration". Of one file, or a data set without a split for
+    validation, the last tenth (at least 1 row, at most 500) is held out as that.
     Rows whose label is -1, as the hub has them where the label is unknown, are left out.
 
     Raises UserError, with file and line, for everything that can be wrong with the data.
     """
-    path = Path(data) if data is not None else None
-    if path is None:
-        found = _hub_rows(task, split)
-    elif path.is_dir():
-        found = _file_rows(_split_file(path, split))
-    else:
-        found = _file_rows(path)
+    found, whole = (_task_rows(task, split), False) if data is None else _own_rows(data, split)
     rows = [_read(task, place, raw) for place, raw in found if not _unlabelled(task, raw)]
     if not rows:
-        raise UserError(f"{path or task.title}: no labelled rows for {split}")
-    if path is not None and path.is_file():
+        raise UserError(f"{data or task.title}: no labelled rows for {split}")
+    if whole:
         if len(rows) < 2:
-            raise UserError(f"{path}: one row cannot serve both training and validation; bring more data")
+            raise UserError(f"{data}: one row cannot serve both training and validation; bring more data")
         held = max(1, min(500, len(rows) // 10))
         rows = rows[:-held] if split == "train" else rows[-held:]
     return rows
 
 
 def first_row(data: str | Path) -> Row:
-    """The first training row of a file or folder, as it is stored. Raises UserError as `load_rows` does."""
-    path = Path(data)
-    for _, row in _file_rows(_split_file(path, "train") if path.is_dir() else path):
+    """The first training row, as it is stored. Raises UserError as `load_rows` does."""
+    found, _ = _own_rows(data, "train")
+    for _, row in found:
         return row
-    raise UserError(f"{path}: no rows")
+    raise UserError(f"{data}: no rows")
 
 
 def sample(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
@@ -78,20 +74,54 @@ def _unlabelled(task: Task, raw: Row) -> bool:
     return str(raw.get(task.label)) == "-1" and "-1" not in task.words
 
 
-def _hub_rows(task: Task, split: Split) -> Iterator[tuple[str, Row]]:
+def _own_rows(data: str | Path, split: Split) -> tuple[Places, bool]:
+    """The rows of `data`, and whether they are of all splits together."""
+    path, name = Path(data), Path(data).as_posix()
+    if path.is_dir():
+        return file_rows(split_file(path, *NAMES[split])), False
+    local = path.exists() or path.parent.is_dir() or path.suffix in READERS
+    if local or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
+        return file_rows(path), True
+    return _hub_rows(name, split)
+
+
+def _hub_rows(data: str, split: Split) -> tuple[Places, bool]:
+    from datasets import get_dataset_split_names
+
+    path, _, config = data.partition(":")
+    try:
+        splits = get_dataset_split_names(path, config or None)
+    except Exception as error:  # whatever the network, the cache or the hub may raise
+        raise UserError(f"{data}: no such file or folder, and not to be had from the hub: {_reason(error)}") from error
+    train, held = (
+        next((split for name in NAMES[kind] for split in splits if split.startswith(name)), None)
+        for kind in ("train", "validation")
+    )
+    if train is None:
+        raise UserError(f"{data}: no split train; the data set has {', '.join(splits)}")
+    chosen = held if held is not None and split == "validation" else train
+    return _hub_split(path, config or None, chosen), held is None
+
+
+def _task_rows(task: Task, split: Split) -> Places:
     if task.hub is None:
         raise UserError(f"task {task.name} has no data set on the hub; pass --data")
-    path, config = task.hub
-    name = task.splits.get(split, split)
+    return _hub_split(*task.hub, task.splits.get(split, split))
+
+
+def _hub_split(path: str, config: str | None, name: str) -> Places:
     try:
         rows = _load_dataset(path, config, name)
     except Exception as error:  # whatever the network, the cache or the hub may raise
-        reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"cannot load {path} ({name}) from the hub: {type(error).__name__}: {reason}; "
+            f"cannot load {path} ({name}) from the hub: {_reason(error)}; "
             "pass --data with a folder that holds train.jsonl and validation.jsonl"
         ) from error
     return ((f"{path} {name} row {number}", row) for number, row in enumerate(rows))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _load_dataset(path: str, config: str | None, split: str) -> Iterable[Row]:
@@ -104,58 +134,3 @@ def _load_dataset(path: str, config: str | None, split: str) -> Iterable[Row]:
             raise
         # Some older data sets are a script on the main branch; the hub keeps a converted copy of them.
         return datasets.load_dataset(path, config, split=split, revision="refs/convert/parquet")
-
-
-def _split_file(folder: Path, split: Split) -> Path:
-    stems = ("train",) if split == "train" else ("validation", "test")
-    for stem in stems:
-        for suffix in (".jsonl", ".csv"):
-            if (file := folder / f"{stem}{suffix}").is_file():
-                return file
-    files = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
-    raise UserError(f"{folder}: no {split}.jsonl or {split}.csv; the folder holds {files}")
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Place ("file:line") and raw row, one by one; UTF-8 with or without a byte order mark, any line ends."""
-    readers = {".jsonl": _json_rows, ".csv": _csv_rows}
-    if not path.is_file():
-        raise UserError(f"{path}: no such file or folder")
-    if path.suffix not in readers:
-        raise UserError(f"{path}: expected a .jsonl or .csv file, or a folder with train.jsonl in it")
-    try:
-        yield from readers[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{place}: broken JSON at column {error.colno}: {error.msg}") from error
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested as deeply
-                raise UserError(f"{place}: cannot read this JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{place}: expected one JSON object a line, found {type(row).__name__}")
-            yield place, row
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(f"{path}:{reader.line_num}: the row has not as many fields as the header")
-                yield f"{path}:{reader.line_num}", row
-        except csv.Error as error:
-            # The reader counts a line when it has parsed it.
-            raise UserError(f"{path}:{reader.line_num + 1}: broken CSV: {error}") from error
