@@ -135,7 +135,7 @@ def test_own_data_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_pat
         load_rows(SST2, "owner/films.jsonl", "train")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
-    with pytest.raises(UserError, match="owner/films: no such file or folder$"):
+    with pytest.raises(UserError, match=r"owner/films: no such file or folder$"):
         load_rows(SST2, "owner/films", "train")
 
 
