@@ -51,7 +51,7 @@ def test_merged(method: str, run: Callable[[str], Path], zoft: Callable[..., Out
 def test_rounding_is_told(run: Callable[[str], Path], zoft: Callable[..., Outcome], tmp_path: Path) -> None:
     folder = run("zo-act")
     done = zoft("export", folder, "--to", "merged", "--dtype", "bfloat16", "--out", tmp_path / "merged")
-    assert done.code == 0 and "rounding has cost" in done.out
+    assert done.code == 0 and "rounding has cost" in " ".join(done.out.split())  # a long path wraps the line
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert saved.dtype == torch.bfloat16
 
