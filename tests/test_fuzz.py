@@ -15,7 +15,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from zoft.data import load_rows, load_task
+from zoft.data import custom_task, form_of, load_rows, load_task
 from zoft.errors import UserError
 from zoft.optim import Trace
 from zoft.train import TrainConfig
@@ -39,6 +39,8 @@ NAMES = ["embed", "layer.0", "layer.1", "head"]
 SETTINGS = [*TrainConfig.__dataclass_fields__, "nothing"]
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
+MESSAGES = st.lists(st.dictionaries(st.sampled_from(["role", "content"]), st.just("assistant") | VALUES), max_size=3)
+OWN = MESSAGES | VALUES
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 
 
@@ -82,9 +84,13 @@ def test_config_of_any_values(folder: Path, values: dict[str, Any]) -> None:
 # --- rows ----------------------------------------------------------------------------------------------------
 
 
-@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode), st.sampled_from(["jsonl", "csv"]))
+@given(
+    st.binary(max_size=200) | st.text(max_size=200).map(str.encode),
+    st.sampled_from(["jsonl", "json", "csv", "parquet"]),
+)
 @example(b'{"sentence": "a film", "label": ' + b"1" * 5000 + b"}", "jsonl")
 @example(b"[" * 100_000, "jsonl")
+@example(b"[" * 100_000, "json")
 @example(b"sentence,label\n" + b"a" * 200_000 + b",1", "csv")
 def test_rows_of_any_bytes(folder: Path, content: bytes, suffix: str) -> None:
     path = folder / f"rows.{suffix}"
@@ -99,6 +105,16 @@ def test_rows_of_any_values(folder: Path, rows: list[dict[str, Any]]) -> None:
     task = load_task("sst2")
     for row in accepted(lambda: load_rows(task, path, "train")) or []:
         assert isinstance(task.show(row), str) and task.golds(row)[0] in (0, 1)
+
+
+@given(st.dictionaries(st.sampled_from(["messages", "prompt", "completion", "text"]), OWN, max_size=3))
+def test_own_rows_of_any_values(row: dict[str, Any]) -> None:
+    """What is accepted can be written by a chat template, or shown as text."""
+    task = custom_task(form=form_of(row))
+    read = accepted(lambda: task.read(row))
+    if read is not None:
+        assert isinstance(task.show(read), str) and isinstance(task.choices(read)[0], str)
+        assert all(isinstance(turn["role"], str) and turn["content"] for turn in read.get("turns", []))
 
 
 # --- the log of the steps ------------------------------------------------------------------------------------
