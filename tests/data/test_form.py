@@ -57,6 +57,11 @@ def test_the_last_reply_of_a_conversation_is_learned(chat: PreTrainedTokenizerFa
     assert item.prompt.count(chat.bos_token_id) == 1 and item.kind == "text"
 
 
+def test_turns_may_be_empty(chat: PreTrainedTokenizerFast) -> None:
+    item = encoded(chat, {"messages": [{"role": "system", "content": ""}, TURNS[1], REPLY]})
+    assert chat.decode(item.prompt).startswith("<bos><|system|><eos>\n<|user|>what")
+
+
 def test_a_template_without_an_end_has_the_tokenizers(chat: PreTrainedTokenizerFast) -> None:
     chat.chat_template = CHATML.replace("{{ eos_token }}", "")
     assert chat.decode(encoded(chat, {"messages": [*TURNS, REPLY]}).candidates[0]) == "green tea<eos>"
@@ -82,6 +87,7 @@ def test_a_conversation_to_be_answered_may_lack_its_reply(chat: PreTrainedTokeni
         ([*TURNS, {"role": "assistant"}], "is no message of the form"),
         (["hello"], "'hello' is no message of the form"),
         ([*TURNS, REPLY | {"content": [{"type": "image"}]}], "an answer is empty or no text"),
+        ([*TURNS, REPLY | {"content": ""}], "an answer is empty or no text"),
     ],
 )
 def test_what_is_no_conversation_is_refused(messages: list[Any], message: str) -> None:

@@ -28,7 +28,7 @@ def conversation(row: Row, answered: bool) -> Row:
     """
     messages = row["messages"] if "messages" in row else [*row["prompt"], *row.get("completion", [])]
     for message in messages:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and message.get("content")):
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
             raise UserError(f'{message!r:.60} is no message of the form {{"role": "user", "content": "..."}}')
     replied = bool(messages) and messages[-1]["role"] == "assistant"
     if answered and not replied:
