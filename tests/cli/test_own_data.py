@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from .conftest import Outcome
 
@@ -31,19 +32,26 @@ def test_prompts_and_completions(
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("row", "through_attention"),
     [
-        lambda i: {"messages": [said("user", f"what comes after {i}?"), said("assistant", str(i + 1))]},
-        lambda i: {"text": f"after {i} comes {i + 1}"},
+        (lambda i: {"messages": [said("user", f"what comes after {i}?"), said("assistant", str(i + 1))]}, False),
+        (lambda i: {"text": f"after {i} comes {i + 1}"}, True),
     ],
     ids=["messages", "text"],
 )
 def test_what_is_read_and_not_generated(
-    row: Callable[[int], dict[str, Any]], zoft: Callable[..., Outcome], chat: Path, write: Any, tmp_path: Path
+    row: Callable[[int], dict[str, Any]],
+    through_attention: bool,
+    zoft: Callable[..., Outcome],
+    chat: Path,
+    write: Any,
+    tmp_path: Path,
 ) -> None:
+    """Guided goes through attention where most tokens are learned."""
     file, out = write(tmp_path / "my.jsonl", [row(i) for i in range(30)]), tmp_path / "run"
     summary = zoft("train", chat, "--data", file, *FEW, "--out", out, "--lr", "1e-2", "--json").json()
-    assert (summary["metric"], summary["forwards"]) == ("likelihood", 2)
+    assert (summary["metric"], summary["method"], summary["forwards"]) == ("likelihood", "guided", 2)
+    assert yaml.safe_load((out / "config.yaml").read_text())["method_options"]["attention"] is through_attention
     found = zoft("eval", out, "--json").json()
     assert found["likelihood"] == pytest.approx(math.exp(-found["loss"]))
     assert found["likelihood"] == pytest.approx(summary["best"], rel=1e-5) and summary["best"] > summary["initial"]

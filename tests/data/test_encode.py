@@ -115,7 +115,7 @@ def test_dataset(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(data) == 2 and data.rows == rows
     assert [data[0].index, data[1].index] == [0, 1]
     assert data.lengths == [data[0].length, data[1].length] and max(data.lengths) <= 16
-    assert data.truncated == 1
+    assert data.truncated == 1 and data.learned == 2 / sum(data.lengths)
 
 
 def test_any_task_can_be_a_shot(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -35,6 +35,7 @@ from zoft.train.task_trainer import TaskTrainer
 from zoft.train.watch import Watch
 
 FIRST_ORDER_STEP = 3  # forwards that a forward and a backward cost
+TEXTS = 0.5  # share of the tokens learned from which going through attention is worth its time (docs/results.md)
 
 
 @dataclass
@@ -101,7 +102,8 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
         some = rows["train"][: BATCHES * config.batch_size]
         return task_closures(model, task_batches(model, tokenizer, task, some, config.batch_size))
 
-    config, measured = settle(config, model, look)
+    texts = task.kind in ("generation", "text") and data["train"].learned >= TEXTS
+    config, measured = settle(config, model, look, texts)
     if measured is not None and measured.lr is None:
         console.print("the loss does not curve upwards here, so lr cannot be measured: the method's own is taken")
     model, optimizer = build(config, model)
