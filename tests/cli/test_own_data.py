@@ -62,6 +62,17 @@ def test_what_is_read_and_not_generated(
     assert (out / "adapter" / "chat_template.jinja").is_file()
 
 
+def test_texts_are_evaluated_in_parts(
+    zoft: Callable[..., Outcome], model: Path, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits at all tokens of a whole batch would be the largest thing in memory."""
+    file = write(tmp_path / "my.jsonl", [{"text": f"after {i} comes {'much ' * (i % 7)}more"} for i in range(90)])
+    whole = zoft("eval", model, "--data", file, "--json").json()
+    monkeypatch.setattr("zoft.train.task_trainer.LARGE", 1)
+    one_by_one = zoft("eval", model, "--data", file, "--json").json()
+    assert whole["examples"] == 9 and one_by_one["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
 def said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 

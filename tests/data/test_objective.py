@@ -110,3 +110,10 @@ def test_half_precision_is_computed_in_float32(model: LlamaForCausalLM, items: l
     rounded = logits.bfloat16()
     assert losses(rounded, batch).dtype == torch.float32
     assert torch.equal(losses(rounded, batch), losses(rounded.float(), batch))
+
+
+def test_logits_are_held_in_float32_in_parts(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, logits = batch_and_logits(model, ANSWERS, "train", whole=False)
+    together = losses(logits, batch)
+    monkeypatch.setattr("zoft.data.objective.LARGE", 2 * logits[0].numel())
+    torch.testing.assert_close(losses(logits, batch), together, rtol=0, atol=0)

@@ -14,6 +14,8 @@ from .collate import IGNORE
 
 Batch = Mapping[str, Tensor]
 
+LARGE = 1 << 24  # logits that are held in float32 at a time
+
 
 def positions_to_keep(batch: Batch) -> int:
     """K, the number of final positions whose logits the other functions need.
@@ -62,7 +64,7 @@ def slope(logits: Tensor, batch: Batch) -> Tensor:
         errors = _choice_errors(_scores(logits, batch), batch)[_places(batch["counts"])] / batch["norms"]
     else:
         errors = -1 / (answered.sum(1) * len(answered))
-    wrong = -logits.float().softmax(-1)
+    wrong = logits.detach().softmax(-1, dtype=torch.float32).neg_()
     wrong[:, :-1].scatter_add_(2, following.clamp(min=0).unsqueeze(2), wrong.new_ones(*following.shape, 1))
     wrong[:, :-1] *= (answered * errors.unsqueeze(1)).unsqueeze(2)
     wrong[:, -1] = 0  # it predicts nothing
@@ -101,7 +103,10 @@ def _choice_errors(scores: Tensor, batch: Batch) -> Tensor:
 
 def _log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
     """The summed log-probability of each sequence's answer [N]."""
-    following = labels[:, 1 - logits.shape[1] :]
-    return -F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), following, ignore_index=IGNORE, reduction="none"
-    ).sum(1)
+    following, read = labels[:, 1 - logits.shape[1] :], logits[:, :-1]
+    together = max(1, LARGE // logits[0].numel())
+    found = [
+        F.cross_entropy(some.float().flatten(0, 1), right.flatten(), ignore_index=IGNORE, reduction="none")
+        for some, right in zip(read.split(together), following.split(together), strict=True)
+    ]
+    return -torch.cat(found).view(following.shape).sum(1)

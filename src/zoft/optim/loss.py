@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,8 +34,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> L
 
     def error() -> Tensor:
         counted = following != ignore_index
-        wrong = logits.float().softmax(-1)
+        wrong = logits.detach().softmax(-1, dtype=torch.float32)
         wrong.scatter_add_(-1, following.clamp(min=0).unsqueeze(-1), -wrong.new_ones(*following.shape, 1))
-        return wrong * (counted / counted.sum().clamp(min=1)).unsqueeze(-1)
+        return wrong.mul_((counted / counted.sum().clamp(min=1)).unsqueeze(-1))
 
     return Loss(value, error)

@@ -45,6 +45,8 @@ from zoft.train.config import LOSS
 from zoft.train.processes import wait
 from zoft.train.trainer import ZOTrainer
 
+LARGE = 1 << 26  # logits of texts that are evaluated together
+
 
 class EpochSampler(Sampler[int]):
     """Batches of like length, shuffled: little padding.
@@ -170,6 +172,9 @@ class TaskTrainer(ZOTrainer):
         With `together`, what all begin with is read once; not in a step, whose directions may differ by the sequence.
         """
         with torch.no_grad(), self.compute_loss_context_manager():
+            if self.task.kind == "text":
+                found = torch.cat([losses(read_logits(model, part), part) for part in self._parts(inputs)])
+                return found, found
             begun = begin(model, inputs) if together else None
             if self.task.kind == "generation":
                 return (self._generate(inputs, begun),)
@@ -177,8 +182,15 @@ class TaskTrainer(ZOTrainer):
                 logits, batch = read_candidates(model, inputs)
             else:
                 logits, batch = begun.logits(model, positions_to_keep(inputs)), inputs
-            found = losses(logits, batch)
-            return found if self.task.kind == "text" else choose(logits, batch), found
+            return choose(logits, batch), losses(logits, batch)
+
+    def _parts(self, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """The batch in parts whose logits, at every token of a text, are not too many."""
+        model: Any = self.model
+        count, tokens = inputs["input_ids"].shape
+        together = max(1, LARGE // (tokens * model.config.get_text_config().vocab_size))
+        for start in range(0, count, together):
+            yield {name: tensor[start : start + together] for name, tensor in inputs.items()}
 
     def _shortfall(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """One minus the objective, of each example [B]."""
