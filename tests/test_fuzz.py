@@ -39,7 +39,9 @@ NAMES = ["embed", "layer.0", "layer.1", "head"]
 SETTINGS = [*TrainConfig.__dataclass_fields__, "nothing"]
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
-MESSAGES = st.lists(st.dictionaries(st.sampled_from(["role", "content"]), st.just("assistant") | VALUES), max_size=3)
+MESSAGES = st.lists(
+    st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), st.just("assistant") | VALUES), max_size=3
+)
 OWN = MESSAGES | VALUES
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 
@@ -107,7 +109,7 @@ def test_rows_of_any_values(folder: Path, rows: list[dict[str, Any]]) -> None:
         assert isinstance(task.show(row), str) and task.golds(row)[0] in (0, 1)
 
 
-@given(st.dictionaries(st.sampled_from(["messages", "prompt", "completion", "text"]), OWN, max_size=3))
+@given(st.dictionaries(st.sampled_from(["messages", "conversations", "prompt", "completion", "text"]), OWN, max_size=3))
 def test_own_rows_of_any_values(row: dict[str, Any]) -> None:
     """What is accepted can be written by a chat template, or shown as text."""
     task = custom_task(form=form_of(row))

@@ -38,6 +38,7 @@ def encoded(tokenizer: PreTrainedTokenizerFast, raw: dict[str, Any], length: int
         ({"question": "a"}, "answer"),
         ({"messages": TURNS}, "conversation"),
         ({"prompt": TURNS, "completion": [REPLY]}, "conversation"),
+        ({"conversations": TURNS}, "conversation"),
         ({"text": "a", "source": "b"}, "text"),
         ({"text": "a", "messages": "three"}, "text"),
     ],
@@ -46,7 +47,17 @@ def test_form(row: dict[str, Any], form: str) -> None:
     assert form_of(row) == form
 
 
-@pytest.mark.parametrize("raw", [{"messages": [*TURNS, REPLY]}, {"prompt": TURNS, "completion": [REPLY]}])
+SHAREGPT = [
+    {"from": name, "value": message["content"]}
+    for name, message in zip(("system", "human", "gpt"), [*TURNS, REPLY], strict=True)
+]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [{"messages": [*TURNS, REPLY]}, {"prompt": TURNS, "completion": [REPLY]}, {"conversations": SHAREGPT}],
+    ids=lambda raw: next(iter(raw)),
+)
 def test_the_last_reply_of_a_conversation_is_learned(chat: PreTrainedTokenizerFast, raw: dict[str, Any]) -> None:
     """Written by the chat template, which has the only beginning and end."""
     item = encoded(chat, raw)

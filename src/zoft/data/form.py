@@ -9,13 +9,16 @@ from .task import Row
 
 Form = Literal["answer", "conversation", "text"]
 
+SHAREGPT = {"human": "user", "gpt": "assistant"}
+
 
 def form_of(row: Mapping[str, Any]) -> Form:
     """What a row is, by its columns: a prompt and its answer, a conversation, or text.
 
-    A conversation has ``messages``, or messages in ``prompt`` and ``completion``; text has ``text`` and none of these.
+    A conversation has ``messages``, or messages in ``prompt`` and ``completion``, or ShareGPT's ``conversations``; text
+    has ``text`` and none of these.
     """
-    if isinstance(row.get("messages"), list) or isinstance(row.get("prompt"), list):
+    if any(isinstance(row.get(name), list) for name in ("messages", "conversations", "prompt")):
         return "conversation"
     return "text" if "text" in row and not {"prompt", "completion"} & row.keys() else "answer"
 
@@ -26,7 +29,12 @@ def conversation(row: Row, answered: bool) -> Row:
     Its text is the answer, and the turns are shown as the prompt. Unless `answered`, the reply may be missing (None).
     Raises UserError for what is no message, and for a conversation without its reply.
     """
-    messages = row["messages"] if "messages" in row else [*row["prompt"], *row.get("completion", [])]
+    if "messages" in row:
+        messages = row["messages"]
+    elif "conversations" in row:
+        messages = [{"role": SHAREGPT.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]
+    else:
+        messages = [*row["prompt"], *row.get("completion", [])]
     for message in messages:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
             raise UserError(f'{message!r:.60} is no message of the form {{"role": "user", "content": "..."}}')
