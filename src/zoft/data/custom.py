@@ -10,6 +10,11 @@ from .task import Row, Task, template_columns
 
 GENERATED = ("exact_match", "f1", "number_match")
 LIKELIHOOD = "likelihood"
+METRICS: dict[Form, tuple[str, ...]] = {  # the usual one first
+    "answer": (*GENERATED, LIKELIHOOD),
+    "conversation": (LIKELIHOOD, *GENERATED),
+    "text": (LIKELIHOOD,),
+}
 
 
 def parse_words(text: str) -> dict[str, str]:
@@ -56,9 +61,7 @@ def custom_task(
         form = "answer"
     template = template or "{prompt}"
     columns = template_columns(template)
-    known: tuple[str, ...] = ("accuracy", "matthews") if words else (*GENERATED, LIKELIHOOD)
-    if form != "answer":
-        known = (LIKELIHOOD, *GENERATED) if form == "conversation" else (LIKELIHOOD,)
+    known = ("accuracy", "matthews") if words else METRICS[form]
     metric = metric or known[0]
     if metric not in known and not (is_reward(metric) and form != "text"):
         raise UserError(f"metric {metric!r} does not fit this task; choose from {', '.join(known)}")

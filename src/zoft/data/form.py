@@ -1,4 +1,4 @@
-"""The forms that the user's rows may have: those that TRL's SFTTrainer takes."""
+"""The forms that the user's rows may have: those that TRL's SFTTrainer takes, and ShareGPT's."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
