@@ -110,6 +110,9 @@ def test_what_the_template_refuses_is_said(chat: PreTrainedTokenizerFast) -> Non
     chat.chat_template = "{{ raise_exception('no system message') }}"
     with pytest.raises(UserError, match="row 0: the chat template refuses this conversation: no system message"):
         encoded(chat, {"messages": [*TURNS, REPLY]})
+    chat.chat_template = CHATML.replace("{{ m.content }}{{ eos_token }}\n", "").replace("<|{{ m.role }}|>", "")
+    with pytest.raises(UserError, match="row 0: the chat template writes nothing of the reply"):
+        encoded(chat, {"messages": [*TURNS, REPLY]})
     chat.chat_template = None
     with pytest.raises(UserError, match="the model has no chat template"):
         encoded(chat, {"messages": [*TURNS, REPLY]})

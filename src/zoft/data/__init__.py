@@ -3,17 +3,18 @@
 from .beginning import Begun, begin
 from .candidates import read_candidates
 from .collate import Collator
-from .custom import LIKELIHOOD, custom_task, parse_words
+from .custom import custom_task, parse_words
 from .dataset import TaskDataset
 from .encode import Encoder, Item
 from .form import form_of
-from .metrics import likelihood, score, score_each
+from .metrics import GENERATED, LIKELIHOOD, score, score_each
 from .objective import choose, examples, losses, positions_to_keep, read_logits, slope
 from .reward import is_reward, load_reward
 from .source import first_row, hold_out, load_rows, sample
 from .task import Row, Task, load_task, task_names
 
 __all__ = [
+    "GENERATED",
     "LIKELIHOOD",
     "Begun",
     "Collator",
@@ -30,7 +31,6 @@ __all__ = [
     "form_of",
     "hold_out",
     "is_reward",
-    "likelihood",
     "load_reward",
     "load_rows",
     "load_task",

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from zoft.errors import UserError
 
 from .form import Form, conversation, text
+from .metrics import GENERATED, LIKELIHOOD
 from .reward import is_reward
 from .task import Row, Task, template_columns
 
-GENERATED = ("exact_match", "f1", "number_match")
-LIKELIHOOD = "likelihood"
-METRICS: dict[Form, tuple[str, ...]] = {  # the usual one first
+MEASURED_BY: dict[Form, tuple[str, ...]] = {  # the usual one first
     "answer": (*GENERATED, LIKELIHOOD),
     "conversation": (LIKELIHOOD, *GENERATED),
     "text": (LIKELIHOOD,),
@@ -61,7 +60,7 @@ def custom_task(
         form = "answer"
     template = template or "{prompt}"
     columns = template_columns(template)
-    known = ("accuracy", "matthews") if words else METRICS[form]
+    known = ("accuracy", "matthews") if words else MEASURED_BY[form]
     metric = metric or known[0]
     if metric not in known and not (is_reward(metric) and form != "text"):
         raise UserError(f"metric {metric!r} does not fit this task; choose from {', '.join(known)}")

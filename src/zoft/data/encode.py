@@ -129,6 +129,8 @@ class Encoder:
             prompt, candidates = candidates[0][:1], [candidates[0][1:]]
         if not prompt:
             raise UserError(f"row {index}: the prompt is empty")
+        if not all(candidates):
+            raise UserError(f"row {index}: the chat template writes nothing of the reply")
         return Item(index, prompt, candidates, self.task.golds(row)[0], truncated, self.task.kind)
 
     def _split(self, prompt: str, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:

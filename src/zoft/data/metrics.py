@@ -62,6 +62,8 @@ METRICS: dict[str, Callable[..., float]] = {
     "number_match": number_match,
     "likelihood": likelihood,
 }
+GENERATED = ("exact_match", "f1", "number_match")  # of generated answers
+LIKELIHOOD = "likelihood"  # of answers that are read
 
 
 Predictions = Sequence[int] | Sequence[str] | Sequence[float]

@@ -81,10 +81,10 @@ class Guided:
         landscape.reached = stream.reached(self.feed_forward, self.attention)
         writers = [] if self.two_pass else stream.writers
         norms = {writer.norm.module for writer in writers if writer.norm}
-        inner = [writer.feed_forward for writer in writers if writer.feed_forward and self.feed_forward]
+        parts = [writer.feed_forward for writer in writers if writer.feed_forward and self.feed_forward]
         attentions = [writer.attention for writer in writers if writer.attention and self.attention]
-        readers = {part.reader for part in inner} | {attention.reader for attention in attentions}
-        with _kept(landscape, writers, {stream.norm.module} | norms | readers, inner, attentions) as kept:
+        readers = {part.reader for part in parts} | {attention.reader for attention in attentions}
+        with _kept(landscape, writers, {stream.norm.module} | norms | readers, parts, attentions) as kept:
             loss = landscape.clean()
         if not math.isfinite(loss):
             return loss, [loss]
@@ -110,7 +110,7 @@ class _Kept:
 
     tokens: Tokens
     coordinates: dict[str, Tensor] = field(default_factory=dict)  # x A by map name, of writers and what is in outputs
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # of feed-forward parts' inner maps, if rows are `FEW`
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of inner maps of feed-forward parts, where rows are few
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of norms, feed-forward parts and attention
     patterns: dict[str, tuple[Pattern, Tensor]] = field(default_factory=dict)  # of attention, by its values' map name,
     # and the inputs of the values, times A, as each head averages them [rows, H, r]
@@ -142,30 +142,21 @@ def _kept(
     landscape: Landscape,
     writers: Sequence[Writer],
     modules: set[nn.Module],
-    inner: Sequence[FeedForward] = (),
+    parts: Sequence[FeedForward] = (),
     attentions: Sequence[Attention] = (),
 ) -> Iterator[_Kept]:
     """While open, a forward pass leaves behind the coordinates of `writers`, the inputs of `modules`, and patterns.
 
-    And what `inner` maps give, if the loss reads few rows.
+    And what the inner maps of feed-forward `parts` give, if the loss reads few rows.
     """
     kept = _Kept(Tokens())
     values: list[tuple[str, Tensor]] = []  # the latest map of values that was called, and x A of all its tokens
 
-    def see_writer(name: str) -> Callable[..., None]:
+    def see_map(name: str, inner: bool) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = kept.tokens.read(input_of(args, kwargs))
+            x = None if inner and kept.tokens.count > FEW else kept.tokens.read(input_of(args, kwargs))
             if x is not None:
-                kept.keep(name, x, landscape.branches.basis(name))
-
-        return see
-
-    def see_inner(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if kept.tokens.count <= FEW:
-                x, y = kept.tokens.read(input_of(args, kwargs)), kept.tokens.read(output)
-                if x is not None and y is not None:
-                    kept.keep(name, x, landscape.branches.basis(name), y)
+                kept.keep(name, x, landscape.branches.basis(name), kept.tokens.read(output) if inner else None)
 
         return see
 
@@ -194,16 +185,17 @@ def _kept(
         handles.callback(landscape.model.register_forward_pre_hook(kept.tokens.see, with_kwargs=True).remove)
         if attentions:
             handles.enter_context(attended(see_attention))
-        for layer in (layer for part in inner for layer in part.inner):
+        for layer in (layer for part in parts for layer in part.inner):
             (module,) = layer.modules
-            handles.callback(module.register_forward_hook(see_inner(layer.name), with_kwargs=True).remove)
+            handles.callback(module.register_forward_hook(see_map(layer.name, inner=True), with_kwargs=True).remove)
         for attention in attentions:
             (module,) = attention.values.modules
             hook = see_values(attention.values.name)
             handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for writer in writers:
             (module,) = writer.map.modules
-            handles.callback(module.register_forward_hook(see_writer(writer.map.name), with_kwargs=True).remove)
+            hook = see_map(writer.map.name, inner=False)
+            handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for module in modules:
             handles.callback(module.register_forward_pre_hook(see_input, with_kwargs=True).remove)
         yield kept

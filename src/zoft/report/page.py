@@ -87,13 +87,13 @@ def _flat(config: Record, prefix: str = "") -> dict[str, str]:
 
 def _judged(example: Record, metric: str | None) -> Record:
     """The example, with what came out before and after each beside whether it is right, if that is known."""
-    from zoft.data import LIKELIHOOD, is_reward
+    from zoft.data import GENERATED, LIKELIHOOD, is_reward
     from zoft.data.metrics import METRICS
 
     def right(output: str) -> bool | None:
         if metric == LIKELIHOOD or (metric is not None and is_reward(metric)):
             return None
-        if metric in ("f1", "exact_match", "number_match"):
+        if metric in GENERATED:
             return METRICS[metric]([output], [[example["answer"]]]) == 1
         return output.strip() == example["answer"].strip()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from zoft import __version__
-from zoft.data import Task, TaskDataset, likelihood
+from zoft.data import Task, TaskDataset
 from zoft.errors import UserError
 from zoft.optim import EstimateWarning, NoStream
 from zoft.report import write_report
@@ -159,7 +160,7 @@ def _texts(trainer: TaskTrainer, dataset: TaskDataset) -> list[str]:
     """What was predicted for the first rows, as text; where nothing is, how likely the answer's tokens were."""
     rows, predictions = dataset.rows[:EXAMPLES_SHOWN], trainer.predictions
     if trainer.task.kind == "text":
-        return [f"likelihood {likelihood([predictions[i]], []):.3f}" for i in range(len(rows))]
+        return [f"likelihood {math.exp(-predictions[i]):.3f}" for i in range(len(rows))]
     return [
         str(found) if isinstance(found := predictions[i], str) else trainer.task.choices(row)[found]
         for i, row in enumerate(rows)
