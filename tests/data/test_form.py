@@ -3,12 +3,14 @@
 import copy
 import math
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from zoft.data import Collator, Encoder, Item, custom_task, form_of, score
+from zoft.data.collate import IGNORE
 from zoft.errors import UserError
 
 CHATML = (
@@ -66,6 +68,47 @@ def test_the_last_reply_of_a_conversation_is_learned(chat: PreTrainedTokenizerFa
     assert chat.decode(item.prompt).endswith("<|assistant|>")
     assert chat.decode(item.candidates[0]) == "green tea<eos>"
     assert item.prompt.count(chat.bos_token_id) == 1 and item.kind == "text"
+
+
+THOUGHT = "{% if loop.last and m.role == 'assistant' %}<think>{% endif %}{{ m.content }}"
+EARLIER = [TURNS[1], {"role": "assistant", "content": "red wine"}, TURNS[1] | {"content": "and the dog?"}]
+
+
+def learned(tokenizer: Any, item: Item) -> list[str]:
+    """What the batch that is trained on has as labels, stretch by stretch."""
+    (labels,) = Collator(0, "train")([item])["labels"].tolist()
+    stretches = groupby(labels, key=lambda label: label != IGNORE)
+    return [tokenizer.decode(list(tokens)) for is_learned, tokens in stretches if is_learned]
+
+
+def test_all_replies_of_a_conversation_are_learned(chat: PreTrainedTokenizerFast) -> None:
+    """But those that a prompt shows."""
+    item = encoded(chat, {"messages": [TURNS[0], *EARLIER, REPLY]})
+    assert learned(chat, item) == ["red wine<eos>", "green tea<eos>"]
+    assert learned(chat, encoded(chat, {"prompt": EARLIER, "completion": [REPLY]})) == ["green tea<eos>"]
+    further = {"prompt": EARLIER, "completion": [REPLY, *EARLIER, REPLY]}
+    assert learned(chat, encoded(chat, further)) == ["green tea<eos>", "red wine<eos>", "green tea<eos>"]
+    for_answers = encoded(chat, {"messages": [TURNS[0], *EARLIER, REPLY]}, metric="f1")
+    assert for_answers == replace(item, kind="generation")
+
+
+def test_replies_are_found_among_the_tokens_of_any_tokenizer() -> None:
+    """Also by one that does not say which characters its tokens have."""
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = CHATML.replace("{{ bos_token }}", "")
+    item = encoded(tokenizer, {"messages": [*EARLIER, REPLY]})
+    assert learned(tokenizer, item) == ["red wine</s>", "green tea</s>"]
+
+
+def test_a_reply_that_is_written_otherwise_later_is_not_learned(chat: PreTrainedTokenizerFast) -> None:
+    """Templates of reasoning models write the last reply with its thought, and the earlier ones without."""
+    chat.chat_template = CHATML.replace("{{ m.content }}", THOUGHT)
+    assert learned(chat, encoded(chat, {"messages": [*EARLIER, REPLY]})) == ["<think>green tea<eos>"]
+
+
+def test_a_greeting_before_all_prompts_is_not_learned(chat: PreTrainedTokenizerFast) -> None:
+    item = encoded(chat, {"messages": [EARLIER[1], *TURNS[1:], REPLY]})
+    assert learned(chat, item) == ["green tea<eos>"]
 
 
 def test_turns_may_be_empty(chat: PreTrainedTokenizerFast) -> None:

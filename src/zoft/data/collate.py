@@ -20,7 +20,8 @@ class Collator:
     - Classification by label words of one token each ("train" and "eval"): a sequence is a prompt, N = B.
       `label_words` [W] int64; `targets` [B] int64, the index of the right word.
     - "train" for choice, generation and text, and "eval" for the latter two: a sequence is a prompt with its right
-      candidate, N = B. `labels` [N, T] int64, the candidate's tokens at their own positions, -100 elsewhere.
+      candidate, N = B. `labels` [N, T] int64, the candidate's tokens and those of earlier replies in the prompt, at
+      their own positions, -100 elsewhere.
     - "eval" for choice, and classification by longer label words: one sequence for each candidate, those of an
       example next to one another. `labels` as above; `counts` [B] int64, the candidates of each example, N = their
       sum; `targets` [B]; `norms` [N] float32, what a sequence's log-probability is divided by before candidates
@@ -43,8 +44,8 @@ class Collator:
             words = {"label_words": torch.tensor([word for [word] in items[0].candidates])}
             return self._prompts(items) | words | _targets(items) | index
         if kind in ("generation", "text") or (kind == "choice" and self.mode == "train"):
-            return self._answered([(item.prompt, item.candidates[item.gold]) for item in items]) | index
-        pairs = [(item.prompt, candidate) for item in items for candidate in item.candidates]
+            return self._answered([(item, item.candidates[item.gold]) for item in items]) | index
+        pairs = [(item, candidate) for item in items for candidate in item.candidates]
         counts = {
             "counts": torch.tensor([len(item.candidates) for item in items]),
             "norms": torch.tensor([float(len(answer)) if kind == "choice" else 1.0 for _, answer in pairs]),
@@ -54,9 +55,9 @@ class Collator:
     def _prompts(self, items: Sequence[Item]) -> dict[str, Tensor]:
         return self._inputs([item.prompt for item in items])
 
-    def _answered(self, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-        labels = [[IGNORE] * len(prompt) + answer for prompt, answer in pairs]
-        return self._inputs([prompt + answer for prompt, answer in pairs]) | {"labels": _pad(labels, IGNORE)}
+    def _answered(self, pairs: Sequence[tuple[Item, list[int]]]) -> dict[str, Tensor]:
+        labels = [_labels(item, answer) for item, answer in pairs]
+        return self._inputs([item.prompt + answer for item, answer in pairs]) | {"labels": _pad(labels, IGNORE)}
 
     def _inputs(self, sequences: Sequence[list[int]]) -> dict[str, Tensor]:
         mask = _pad([[1] * len(sequence) for sequence in sequences], 0)
@@ -65,6 +66,13 @@ class Collator:
             "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
         }
+
+
+def _labels(item: Item, answer: list[int]) -> list[int]:
+    labels = [IGNORE] * len(item.prompt)
+    for start, end in item.earlier:
+        labels[start:end] = item.prompt[start:end]
+    return labels + answer
 
 
 def _targets(items: Sequence[Item]) -> dict[str, Tensor]:

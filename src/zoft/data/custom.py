@@ -46,7 +46,7 @@ def custom_task(
 
     Without, an answer to learn: the template ("{prompt}" if not given), then the text in column `label` ("completion"
     if not given; a list holds all accepted texts; the column may be missing if not `answered`). Or, if neither is
-    given, the assistant's last message of a conversation, or a whole text (`zoft.data.form`).
+    given, the assistant's messages of a conversation, or a whole text (`zoft.data.form`).
 
     `metric` is "accuracy" (if not given) or "matthews" for classification. An answer that is generated is measured by
     "exact_match" (if not given), "f1", "number_match" or a reward (`zoft.data.reward`), one that is only read by

@@ -12,7 +12,7 @@ class TaskDataset(Dataset[Item]):
     """Rows, encoded at construction: choose the rows first (`sample`), then make the data set.
 
     rows: the rows as given. lengths: tokens of each example, for batches of like length.
-    truncated: how many examples had to be shortened. learned: the share of the tokens that are right answers.
+    truncated: how many examples had to be shortened. learned: the share of the tokens that are learned.
     """
 
     def __init__(self, rows: Sequence[Row], encoder: Encoder) -> None:
@@ -20,8 +20,9 @@ class TaskDataset(Dataset[Item]):
         self._items = [encoder(row, index) for index, row in enumerate(rows)]
         self.lengths = [item.length for item in self._items]
         self.truncated = sum(item.truncated for item in self._items)
-        answers = [len(item.candidates[item.gold]) for item in self._items]
-        self.learned = sum(answers) / max(1, sum(answers) + sum(len(item.prompt) for item in self._items))
+        answers = sum(len(item.candidates[item.gold]) for item in self._items)
+        earlier = sum(end - start for item in self._items for start, end in item.earlier)
+        self.learned = (answers + earlier) / max(1, answers + sum(len(item.prompt) for item in self._items))
 
     def __len__(self) -> int:
         return len(self._items)

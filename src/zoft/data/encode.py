@@ -1,15 +1,14 @@
 """From a row to token ids."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from zoft.errors import UserError
 
+from .chat import earlier_replies, write
 from .task import Kind, Row, Task, join
 
 if TYPE_CHECKING:
@@ -29,6 +28,8 @@ class Item:
     """Index of the right candidate."""
     truncated: bool
     kind: Kind
+    earlier: Sequence[tuple[int, int]] = ()
+    """Where in the prompt earlier replies of a conversation begin and end, which are learned too."""
 
     @property
     def length(self) -> int:
@@ -42,7 +43,8 @@ class Encoder:
     Prompt and candidate together are the tokens of their joined text, after the beginning-of-sequence token of
     a tokenizer that adds one. `shots` are rows shown with their answers before the prompt. An answer to generate
     ends in the end-of-sequence token (without one, in the task's stop), so that the model learns to stop. Conversations
-    are written by the tokenizer's chat template, with the tokens that it begins and ends texts with.
+    are written by the tokenizer's chat template, with the tokens that it begins and ends texts with; of their earlier
+    replies those are learned that it writes as if they were the last.
 
     A prompt with its longest candidate has at most `max_length` tokens (to generate takes `task.max_new_tokens`
     beyond the prompt, for which the caller leaves room): what is longer loses its shots, the first of them first,
@@ -77,11 +79,16 @@ class Encoder:
 
     def __call__(self, row: Row, index: int = 0) -> Item:
         """The example of a row, as `Task.read` gave it."""
-        for number, (less, context) in enumerate(self._shortened(row)):
-            item = self._item(less, index, context, truncated=number > 0)
-            if item.length <= self.max_length:
-                return item
-        return self._cut(less, index)
+        try:
+            for number, (less, context) in enumerate(self._shortened(row)):
+                item = self._item(less, index, context, truncated=number > 0)
+                if item.length <= self.max_length:
+                    break
+            else:
+                item = self._cut(less, index)
+            return replace(item, earlier=self._earlier(less))
+        except UserError as error:
+            raise UserError(f"row {index}: {error}") from error
 
     def _shortened(self, row: Row) -> Iterator[tuple[Row, str]]:
         """The row and what is shown before it, less and less of it; or less and less of a conversation's turns."""
@@ -110,14 +117,14 @@ class Encoder:
         if kept < 0:
             what = f"even without its {column}" if column else "none of which may be cut"
             raise UserError(
-                f"row {index}: prompt and answer have {item(0).length} tokens, {what}, but only {self.max_length} "
+                f"prompt and answer have {item(0).length} tokens, {what}, but only {self.max_length} "
                 "fit; raise --max-length or leave the row out"
             )
         return item(kept)
 
     def _item(self, row: Row, index: int, context: str, truncated: bool) -> Item:
         if "turns" in row:
-            prompt, candidates = self._conversation(row, index)
+            prompt, candidates = self._conversation(row)
         else:
             text = context + self.task.show(row)
             if self.words:
@@ -128,9 +135,9 @@ class Encoder:
         if not prompt and self.task.kind == "text":  # what nothing stands before cannot be predicted
             prompt, candidates = candidates[0][:1], [candidates[0][1:]]
         if not prompt:
-            raise UserError(f"row {index}: the prompt is empty")
+            raise UserError("the prompt is empty")
         if not all(candidates):
-            raise UserError(f"row {index}: the chat template writes nothing of the reply")
+            raise UserError("the chat template writes nothing of the reply")
         return Item(index, prompt, candidates, self.task.golds(row)[0], truncated, self.task.kind)
 
     def _split(self, prompt: str, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
@@ -142,21 +149,26 @@ class Encoder:
         shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
         return texts[0][:shared], [text[shared:] for text in texts]
 
-    def _conversation(self, row: Row, index: int) -> tuple[list[int], list[list[int]]]:
-        """The tokens of the turns and of the reply, as the tokenizer's chat template writes them."""
+    def _conversation(self, row: Row) -> tuple[list[int], list[list[int]]]:
+        """The tokens of the turns and of the reply."""
         turns, reply = row["turns"], row["reply"]
-        if not self._tokenizer.chat_template:
-            raise UserError(
-                "the model has no chat template: choose one that has, or give prompt and completion as text"
-            )
-        try:
-            prompt = str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-            whole = self._tokenizer.apply_chat_template([*turns, reply], tokenize=False) if reply else prompt
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"row {index}: the chat template refuses this conversation: {error}") from error
-        text = self._ids(str(whole).rstrip()) if reply else self._ids(prompt)
-        ended = reply and text[-1] in self._tokenizer.added_tokens_decoder  # by the template
-        return self._part(prompt, [text if ended else text + self._end])
+        prompt = write(self._tokenizer, turns, reply_next=True)
+        if reply is None:
+            return self._ids(prompt), [self._end]
+        ids = self._ids(write(self._tokenizer, [*turns, reply]))
+        ended = ids[-1] in self._tokenizer.added_tokens_decoder  # by the template
+        return self._part(prompt, [ids if ended else ids + self._end])
+
+    def _earlier(self, row: Row) -> list[tuple[int, int]]:
+        """Where in the tokens of a conversation's turns the replies are that are learned too."""
+        if row.get("reply") is None:
+            return []
+        text, parts = earlier_replies(self._tokenizer, row)
+        if not self._tokenizer.is_fast:  # it does not tell which characters a token has
+            return [(len(self._ids(text[:start])), len(self._ids(text[:end]))) for start, end in parts]
+        tokens = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts, ends = zip(*tokens.offset_mapping, strict=True)
+        return [(bisect_right(ends, start), bisect_left(starts, end)) for start, end in parts]
 
     def _shown(self, row: Row) -> str:
         return join(self.task.show(row), self.task.choices(row)[self.task.golds(row)[0]])

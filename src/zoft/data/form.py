@@ -24,17 +24,19 @@ def form_of(row: Mapping[str, Any]) -> Form:
 
 
 def conversation(row: Row, answered: bool) -> Row:
-    """The columns of a conversation: `turns`, all messages before the `reply` to learn, which is the assistant's last.
+    """The columns of a conversation: `turns`, all messages before the `reply`, which is the assistant's last.
 
-    Its text is the answer, and the turns are shown as the prompt. Unless `answered`, the reply may be missing (None).
-    Raises UserError for what is no message, and for a conversation without its reply.
+    The text of the reply is the answer, and the turns are shown as the prompt. The last `learned` of the turns are part
+    of what is learned: the assistant's messages among them, beside the reply. Unless `answered`, the reply may be
+    missing (None). Raises UserError for what is no message, and for a conversation without its reply.
     """
+    given = 0  # messages that are only read
     if "messages" in row:
         messages = row["messages"]
     elif "conversations" in row:
         messages = [{"role": SHAREGPT.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]
     else:
-        messages = [*row["prompt"], *row.get("completion", [])]
+        messages, given = [*row["prompt"], *row.get("completion", [])], len(row["prompt"])
     for message in messages:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
             raise UserError(f'{message!r:.60} is no message of the form {{"role": "user", "content": "..."}}')
@@ -43,7 +45,9 @@ def conversation(row: Row, answered: bool) -> Row:
         raise UserError("the conversation does not end with a message of the assistant, which is what is learned")
     turns, reply = (messages[:-1], messages[-1]) if replied else (messages, None)
     shown = "\n".join(f"{message['role']}: {message['content']}" for message in turns)
-    return {"prompt": shown, "turns": turns, "reply": reply, "answers": [reply["content"] if reply else ""]}
+    learned = max(0, len(turns) - given)
+    answers = [reply["content"] if reply else ""]
+    return {"prompt": shown, "turns": turns, "reply": reply, "learned": learned, "answers": answers}
 
 
 def text(row: Row) -> Row:

@@ -1,0 +1,44 @@
+"""Conversations as a tokenizer's chat template writes them."""
+
+from collections.abc import Sequence
+from os.path import commonprefix
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from zoft.errors import UserError
+
+from .task import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def write(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Row], reply_next: bool = False) -> str:
+    """The messages in text; with `reply_next`, up to where the assistant's next one begins.
+
+    Raises UserError if there is no chat template or it refuses these messages.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("the model has no chat template: choose one that has, or give prompt and completion as text")
+    try:
+        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply_next))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"the chat template refuses this conversation: {error}") from error
+    return text if reply_next else text.rstrip()
+
+
+def earlier_replies(tokenizer: "PreTrainedTokenizerBase", row: Row) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation's turns, and where in it replies that are learned too begin and end.
+
+    These are the assistant's messages among the last `learned` turns (`zoft.data.form.conversation`), but not those
+    that the template writes otherwise once they are not the last (without their thought).
+    """
+    turns = row["turns"]
+    prompt = write(tokenizer, turns, reply_next=True)
+    found = []
+    for i in range(max(1, len(turns) - row["learned"]), len(turns)):
+        if turns[i]["role"] == "assistant" and prompt.startswith(after := write(tokenizer, turns[: i + 1])):
+            before = commonprefix([write(tokenizer, turns[:i], reply_next=True), prompt])  # noqa: RUF071 - of characters
+            found.append((len(before), len(after)))
+    return prompt, found
