@@ -8,6 +8,7 @@ import torch
 
 from train.tiny import make_model
 from zoft.bench.step import BARE, PUBLISHED, Clock, Step, Timing, forwards, summary, take_turns, training_step
+from zoft.data import IGNORE, positions_to_keep
 from zoft.errors import UserError
 from zoft.train import random_batch
 
@@ -100,6 +101,13 @@ def test_random_batch() -> None:
     assert not torch.equal(batch["input_ids"], random_batch(model, 3, 7, seed=2)["input_ids"])
     with pytest.raises(UserError, match="the model takes 256 tokens; 257 are too many"):
         random_batch(model, 1, 257)
+
+
+def test_random_texts_are_learned_from_their_second_token() -> None:
+    model: Any = make_model()
+    batch = random_batch(model, 3, 7, texts=True)
+    assert bool((batch["labels"][:, 0] == IGNORE).all()) and "targets" not in batch
+    assert torch.equal(batch["labels"][:, 1:], batch["input_ids"][:, 1:]) and positions_to_keep(batch) == 7
 
 
 def test_what_makes_the_model_bare_is_no_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,14 @@ def test_points_and_plot(memory: Callable[..., Outcome], tmp_path: Path) -> None
     found = memory("--methods", "agzo", "--lengths", "8", "--plot", plot, "--json").json()
     assert [(point["method"], point["length"]) for point in found["points"]] == [("inference", 8), ("agzo", 8)]
     assert all(point["failed"] is None and point["ratio"] > 0 for point in found["points"])
-    assert plot.stat().st_size > 1000
+    assert plot.stat().st_size > 1000 and found["texts"] is False
+
+
+def test_texts(memory: Callable[..., Outcome]) -> None:
+    """Logits at all tokens take more than at the last alone."""
+    flags = ("--methods", "guided", "--lengths", "256", "--batch-size", "64", "--json")
+    labels, texts = (memory(*flags, *more).json()["points"] for more in ((), ("--texts",)))
+    assert all(more["peak_memory_bytes"] > less["peak_memory_bytes"] for more, less in zip(texts, labels, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -31,8 +38,10 @@ def test_points_and_plot(memory: Callable[..., Outcome], tmp_path: Path) -> None
         ("lora+checkpointing", "bfloat16"),
     ],
 )
-def test_one_point(row: str, dtype: str, zoft: Callable[..., Outcome], model: Path) -> None:
-    point = {"model": str(model), "row": row, "length": 8, "batch_size": 2, "dtype": "bfloat16", "device": "cpu"}
+@pytest.mark.parametrize("texts", [False, True])
+def test_one_point(row: str, dtype: str, texts: bool, zoft: Callable[..., Outcome], model: Path) -> None:
+    sizes = {"length": 8, "batch_size": 2, "texts": texts}
+    point = {"model": str(model), "row": row, "dtype": "bfloat16", "device": "cpu"} | sizes
     found = zoft("bench", "memory-point", json.dumps(point)).json()
     assert found["weights_dtype"] == dtype
     assert found["peak_memory_bytes"] >= found["baseline_memory_bytes"] > 0

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from zoft.data import Collator, Encoder, Item, custom_task, form_of, score
-from zoft.data.collate import IGNORE
+from zoft.data import IGNORE, Collator, Encoder, Item, custom_task, form_of, score
 from zoft.errors import UserError
 
 CHATML = (

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from zoft.data import Collator, Item, choose, losses, positions_to_keep
+from zoft.data import Collator, Item, choose, losses, positions_to_keep, slope
 
 PAD = 0
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
@@ -23,6 +23,10 @@ def items_of(kind: str, candidates: list[list[list[int]]], golds: list[int]) -> 
 CLASSES = items_of("classification", [ONE_TOKEN] * 3, [0, 2, 1])
 LONG_CLASSES = items_of("classification", [LONGER] * 3, [0, 2, 1])
 CHOICES = items_of("choice", [LONGER, [[30, 31], [32]], [[33], [34], [35, 36], [37] * 5]], [1, 0, 3])
+REPLIES = [
+    Item(0, [5, 6, 7, 8, 9, 10], [[30, 31]], 0, truncated=False, kind="text", earlier=[(1, 2), (3, 5)]),
+    Item(1, [11, 12], [[32]], 0, truncated=False, kind="text"),
+]
 ANSWERS = items_of("generation", [[[30]], [[31, 32, 33, 34]], [[35, 36]]], [0, 0, 0])
 
 
@@ -112,8 +116,36 @@ def test_half_precision_is_computed_in_float32(model: LlamaForCausalLM, items: l
     assert torch.equal(losses(rounded, batch), losses(rounded.float(), batch))
 
 
+def test_earlier_replies_count_as_the_last_does(model: LlamaForCausalLM, whole: bool) -> None:
+    batch, logits = batch_and_logits(model, REPLIES, "train", whole)
+    (tokens,) = log_probs(model, Item(0, [5], [[6, 7, 8, 9, 10, 30, 31]], 0, truncated=False, kind="text"))
+    assert losses(logits, batch)[0].item() == pytest.approx(-tokens[[0, 2, 3, 5, 6]].mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("together", [1, 1 << 22], ids=["in parts", "at once"])
+@pytest.mark.parametrize(
+    ("items", "mode"),
+    [(CLASSES, "train"), (LONG_CLASSES, "train"), (CHOICES, "train"), (CHOICES, "eval"), (REPLIES, "train")],
+    ids=["one token", "longer", "choice", "candidates", "replies"],
+)
+def test_slope_is_autograds(
+    model: LlamaForCausalLM,
+    items: list[Item],
+    mode: str,
+    together: int,
+    whole: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zoft.data.objective.LARGE", together)
+    batch, logits = batch_and_logits(model, items, mode, whole)
+    (expected,) = torch.autograd.grad(losses(logits.requires_grad_(), batch).mean(), logits)
+    parts = list(slope(logits, batch))
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-7)
+    assert len(parts) == (logits.shape[1] if together == 1 and "labels" in batch else 1)
+
+
 def test_logits_are_held_in_float32_in_parts(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, logits = batch_and_logits(model, ANSWERS, "train", whole=False)
     together = losses(logits, batch)
-    monkeypatch.setattr("zoft.data.objective.LARGE", 2 * logits[0].numel())
-    torch.testing.assert_close(losses(logits, batch), together, rtol=0, atol=0)
+    monkeypatch.setattr("zoft.data.objective.LARGE", 2 * logits[:, 0].numel())
+    torch.testing.assert_close(losses(logits, batch), together)

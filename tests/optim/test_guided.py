@@ -227,6 +227,19 @@ def test_it_learns_with_few_forwards(make: Callable[[], PreTrainedModel], into: 
     assert start is not None and end is not None and end < 0.5 * start
 
 
+def test_the_slope_may_come_whole_or_in_parts() -> None:
+    """Of other tokens than the logits' it is refused."""
+    found = []
+    for of in (lambda parts: parts, lambda parts: torch.cat(list(parts), 1)):
+        model = llama()
+        optimizer, closure = Guided(model), closure_of(model, token_batch())
+        optimizer.step(lambda of=of, closure=closure: (loss := closure())._replace(error=lambda: of(loss.error())))
+        found.append(optimizer.coefficients)
+    assert found[0] and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    with pytest.raises(ValueError, match=r"that of \(8, 9\) tokens, which is not the logits'"):
+        optimizer.step(lambda: closure()._replace(error=lambda: torch.zeros(8, 9, 64)))
+
+
 def test_a_closure_without_the_slope_is_refused() -> None:
     model, batch = llama(), token_batch()
     with pytest.raises(TypeError, match="Loss"):

@@ -1,5 +1,6 @@
 """The optimizer's contract: estimate and step, accumulation, schedulers, counts and seeds."""
 
+import weakref
 from collections.abc import Callable
 from itertools import count, pairwise
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoft.optim import AGZO, LOZO, MeZO, ZeroOrder, ZOAct
+from zoft.optim import AGZO, LOZO, Loss, MeZO, ZeroOrder, ZOAct, cross_entropy
 from zoft.optim.noise import normal
 
 from .models import closure_of, llama, mlp, snapshot, token_batch
@@ -48,6 +49,23 @@ def test_step_with_a_closure_is_estimate_and_step(method: str) -> None:
         assert parts.step() is None
     assert_equal(whole, parts)
     assert parts.loss == whole.loss == pytest.approx(float(loss))
+
+
+@each_method
+def test_the_logits_of_a_pass_are_gone_in_the_next(method: str) -> None:
+    """They would be the largest thing in memory."""
+    model, batch = llama(), token_batch(batch=4, length=6)
+    optimizer, seen = METHODS[method](model, lr=1e-3), list[Callable[[], Any]]()
+
+    def closure() -> Loss:
+        assert all(logits() is None for logits in seen)
+        logits = model(input_ids=batch["input_ids"]).logits
+        seen.append(weakref.ref(logits))
+        return cross_entropy(logits, batch["labels"])
+
+    optimizer.step(closure)
+    optimizer.step(closure)
+    assert len(seen) >= 2
 
 
 @each_method

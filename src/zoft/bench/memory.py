@@ -41,7 +41,7 @@ class Point:
     """What one process measures.
 
     `row` is a method, with options if need be (`zoft.bench.step.with_options`), a first-order one with `CHECKPOINTED`
-    after it, or `INFERENCE`.
+    after it, or `INFERENCE`. The tokens are those of `texts`, all of them learned, or stand before a label word.
     """
 
     model: str
@@ -50,6 +50,7 @@ class Point:
     batch_size: int = 1
     dtype: str = "auto"
     device: str | None = None
+    texts: bool = False
 
     def measure(self) -> Record:
         """The peak of this process, its baseline and what lies above, whether the peak was reset after loading, and
@@ -60,7 +61,8 @@ class Point:
         first_order = name in FIRST_ORDER
         dtype = TrainConfig(**settings, method=name).weights_dtype if first_order else self.dtype
         model: Any = load_model(self.model, dtype=dtype, device=self.device)[0]
-        batch, clock = random_batch(model, self.batch_size, self.length), Clock(model.device)
+        batch = random_batch(model, self.batch_size, self.length, texts=self.texts)
+        clock = Clock(model.device)
         forwards(model, random_batch(model, 1, 1), 1)(clock)
         model.train(first_order)
         if self.row.endswith(CHECKPOINTED):
@@ -110,6 +112,7 @@ def compare(
     dtype: str = "auto",
     device: str | None = None,
     progress: Callable[[str], None] = lambda message: None,
+    texts: bool = False,
 ) -> list[Record]:
     """A record for each length and row: inference, and then `rows`.
 
@@ -121,7 +124,7 @@ def compare(
         plain: Record = {}
         for row in (INFERENCE, *rows):
             progress(f"{row} at length {length}")
-            found = Point(model, row, length, batch_size, dtype, device).measure_apart()
+            found = Point(model, row, length, batch_size, dtype, device, texts).measure_apart()
             plain = plain or found
             found["ratio"] = _ratio(found, plain, "peak_memory_bytes")
             found["ratio_above_baseline"] = _ratio(found, plain, "above_baseline_bytes")

@@ -2,7 +2,7 @@
 
 from .beginning import Begun, begin
 from .candidates import read_candidates
-from .collate import Collator
+from .collate import IGNORE, Collator
 from .custom import custom_task, parse_words
 from .dataset import TaskDataset
 from .encode import Encoder, Item
@@ -15,6 +15,7 @@ from .task import Row, Task, load_task, task_names
 
 __all__ = [
     "GENERATED",
+    "IGNORE",
     "LIKELIHOOD",
     "Begun",
     "Collator",

@@ -4,7 +4,7 @@ A causal model's logits at a position predict the token after it. The functions 
 positions, `logits` [N, K, V] of any floating type, for any K from `positions_to_keep` up, and compute in float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from .collate import IGNORE
 
 Batch = Mapping[str, Tensor]
 
-LARGE = 1 << 24  # logits that are held in float32 at a time
+LARGE = 1 << 23  # logits that are held in float32 at a time
 
 
 def positions_to_keep(batch: Batch) -> int:
@@ -52,23 +52,27 @@ def examples(batch: Batch) -> Tensor | None:
     return _places(batch["counts"])[0] if "counts" in batch else None
 
 
-def slope(logits: Tensor, batch: Batch) -> Tensor:
-    """The gradient of the mean of `losses` with respect to `logits`, float32 [N, K, V], in closed form."""
+def slope(logits: Tensor, batch: Batch) -> Iterator[Tensor]:
+    """The gradient of the mean of `losses` with respect to `logits` [N, K, V], in closed form.
+
+    Float32, in parts of some positions each [N, k, V], one after the other: the whole would be the largest thing in
+    memory.
+    """
     if "label_words" in batch:
         wrong = torch.zeros_like(logits, dtype=torch.float32)
         wrong[:, -1].index_add_(1, batch["label_words"], _choice_errors(_scores(logits, batch), batch))
-        return wrong
-    following = batch["labels"][:, 1 - logits.shape[1] :]
+        yield wrong
+        return
+    following = _following(logits, batch["labels"])
     answered = following != IGNORE
     if "targets" in batch:  # of each sequence's log-likelihood
         errors = _choice_errors(_scores(logits, batch), batch)[_places(batch["counts"])] / batch["norms"]
     else:
         errors = -1 / (answered.sum(1) * len(answered))
-    wrong = logits.detach().softmax(-1, dtype=torch.float32).neg_()
-    wrong[:, :-1].scatter_add_(2, following.clamp(min=0).unsqueeze(2), wrong.new_ones(*following.shape, 1))
-    wrong[:, :-1] *= (answered * errors.unsqueeze(1)).unsqueeze(2)
-    wrong[:, -1] = 0  # it predicts nothing
-    return wrong
+    errors = (answered * errors.unsqueeze(1)).unsqueeze(2)
+    for part, right, error in _in_parts(logits.detach(), following.clamp(min=0).unsqueeze(2), errors):
+        wrong = part.softmax(-1, dtype=torch.float32).neg_()
+        yield wrong.scatter_add_(2, right, torch.ones_like(right, dtype=torch.float32)).mul_(error)
 
 
 def choose(logits: Tensor, batch: Batch) -> Tensor:
@@ -103,10 +107,19 @@ def _choice_errors(scores: Tensor, batch: Batch) -> Tensor:
 
 def _log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
     """The summed log-probability of each sequence's answer [N]."""
-    following, read = labels[:, 1 - logits.shape[1] :], logits[:, :-1]
-    together = max(1, LARGE // logits[0].numel())
     found = [
-        F.cross_entropy(some.float().flatten(0, 1), right.flatten(), ignore_index=IGNORE, reduction="none")
-        for some, right in zip(read.split(together), following.split(together), strict=True)
+        F.cross_entropy(part.float().flatten(0, 1), right.flatten(), ignore_index=IGNORE, reduction="none")
+        for part, right in _in_parts(logits, _following(logits, labels))
     ]
-    return -torch.cat(found).view(following.shape).sum(1)
+    return -torch.cat([part.view(len(labels), -1) for part in found], 1).sum(1)
+
+
+def _following(logits: Tensor, labels: Tensor) -> Tensor:
+    """The tokens that the logits predict [N, K]; the last of them none."""
+    return F.pad(labels, (0, 1), value=IGNORE)[:, -logits.shape[1] :]
+
+
+def _in_parts(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """All of them in parts of some positions each, of no more than `LARGE` logits."""
+    together = max(1, LARGE // logits[:, 0].numel())
+    return zip(*(tensor.split(together, 1) for tensor in (logits, *others)), strict=True)

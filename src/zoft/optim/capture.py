@@ -139,10 +139,10 @@ class Tokens:
             return x.view(batch, length, -1) if len(x) == batch * length else None
         return x.flatten(1, -2) if len(x) == batch else None
 
-    def read(self, x: Tensor | None) -> Tensor | None:
+    def read(self, x: Tensor | None, most: int | None = None) -> Tensor | None:
         """The rows of `x` that the loss reads, [rows, d]; `x` is [batch, tokens, d], or has its final tokens only.
 
-        None if `x` is of another shape.
+        With `most`, no more than so many, the first. None if `x` is of another shape.
         """
         if x is None or self._shape is None or self._read is None or x.dim() not in (2, 3):
             return None
@@ -151,7 +151,7 @@ class Tokens:
             x = x.view(batch, length, -1) if len(x) == batch * length else x
         if x.dim() == 2 or len(x) != batch or not length - self._first <= x.shape[1] <= length:
             return None
-        places = self._read[:, 0] * x.shape[1] + self._read[:, 1] - (length - x.shape[1])
+        places = self._read[:most, 0] * x.shape[1] + self._read[:most, 1] - (length - x.shape[1])
         return x.detach().flatten(0, 1).index_select(0, places.to(x.device))
 
     @property

@@ -23,7 +23,7 @@ through fixed matrices; the logit lens (nostalgebraist 2020) reads the stream th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +92,7 @@ class Guided:
             raise TypeError("the guided estimate needs the loss's slope: return a zoft.Loss (see zoft.cross_entropy)")
         way = _WayBack(landscape, estimate, kept, self.feed_forward, self.attention)
         error = way.to_end(stream, landscape.error())
+        landscape.error = None  # the logits are no longer needed
         if self.two_pass:
             with _taken(landscape, estimate, stream.writers, error):
                 landscape.forward()
@@ -229,14 +230,17 @@ class _WayBack:
     feed_forward: bool
     attention: bool
 
-    def to_end(self, stream: Stream, at_logits: Tensor) -> Tensor:
-        """The error at the end of the stream, float32 [rows, d]."""
-        rows = self.kept.tokens.read(at_logits)
+    def to_end(self, stream: Stream, at_logits: Tensor | Iterable[Tensor]) -> Tensor:
+        """The error at the end of the stream, float32 [rows, d]; that at the logits may come in parts of positions."""
+        head, parts = stream.head, [at_logits] if isinstance(at_logits, Tensor) else at_logits
+        at_norm = torch.cat([self.transposed(head, part.float().to(head.device)) for part in parts], dim=-2)
+        rows = self.kept.tokens.read(at_norm)
         if rows is None:
-            raise ValueError(f"the error at the logits has shape {tuple(at_logits.shape)}, which is not the logits'")
-        at_norm = self.transposed(stream.head, rows.float().to(stream.head.device)) * stream.scale
+            raise ValueError(
+                f"the error at the logits is that of {tuple(at_norm.shape[:-1])} tokens, which is not the logits'"
+            )
         device = stream.norm.gain.device
-        return stream.norm.pull(self.kept.inputs[stream.norm.module].to(device), at_norm.to(device))
+        return stream.norm.pull(self.kept.inputs[stream.norm.module].to(device), rows.to(device) * stream.scale)
 
     def through(self, stream: Stream, error: Tensor) -> None:
         """Add every factor, from the `error` at the end of the stream back to its beginning."""

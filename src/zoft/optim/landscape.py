@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +57,7 @@ class Landscape:
     forwards: int = 0
     used: set[str] = field(default_factory=set)
     losses: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
-    error: Callable[[], Tensor] | None = None
+    error: Callable[[], Tensor | Iterable[Tensor]] | None = None
     examples: Tensor | None = None  # of each sequence of the model's batch, where they are not the same
 
     def __post_init__(self) -> None:
@@ -146,6 +146,7 @@ class Landscape:
         """What the closure returns in one more pass, as `losses` has it."""
         self._randomness.rewind()
         self.forwards += 1
+        self.error = None  # it holds the logits of the pass before
         with uncompiled():
             loss = self.closure()
         loss = loss if isinstance(loss, Loss) else Loss(torch.as_tensor(loss))

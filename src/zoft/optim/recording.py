@@ -43,12 +43,10 @@ def recorded(model: nn.Module) -> Iterator[tuple[list[Call], list[Heads]]]:
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            x = tokens.read(_first_tensor((*args, *kwargs.values())))
-            y = tokens.read(_first_tensor(output))
+            x = tokens.read(_first_tensor((*args, *kwargs.values())), ROWS)
+            y = tokens.read(_first_tensor(output), ROWS)
             if y is not None and (x is not None or not name):
-                calls.append(
-                    Call(name, module, y[:0] if x is None else x[:ROWS].to(y.device, copy=True), y[:ROWS].clone())
-                )
+                calls.append(Call(name, module, y[:0] if x is None else x.to(y.device), y))
 
         return see
 

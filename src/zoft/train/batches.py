@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft.data import Collator, Encoder, Row, Task, TaskDataset, losses, read_logits, slope
+from zoft.data import IGNORE, Collator, Encoder, Row, Task, TaskDataset, losses, read_logits, slope
 from zoft.errors import UserError
 from zoft.optim import Loss
 from zoft.optim.placement import device_of
@@ -26,10 +26,11 @@ def task_batches(model: Any, tokenizer: Any, task: Task, rows: list[Row], size: 
     return [{name: tensor.to(device_of(model)) for name, tensor in batch.items()} for batch in batches]
 
 
-def random_batch(model: Any, size: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+def random_batch(model: Any, size: int, length: int, seed: int = 0, texts: bool = False) -> dict[str, Tensor]:
     """`size` sequences of `length` random tokens, each to be followed by one of `WORDS` random label words.
 
-    On the model's device, and as `Collator` has a classification's batch.
+    Or `texts`, whose tokens are all to be predicted but the first. On the model's device, and as `Collator` has such
+    batches.
 
     Raises:
         UserError: the model takes no sequence of this length.
@@ -39,13 +40,17 @@ def random_batch(model: Any, size: int, length: int, seed: int = 0) -> dict[str,
         raise UserError(f"the model takes {most} tokens; {length} are too many")
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (size, length), generator=generator)
     batch = {
-        "input_ids": torch.randint(vocabulary, (size, length), generator=generator),
-        "attention_mask": torch.ones(size, length, dtype=torch.int64),
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
         "position_ids": torch.arange(length).expand(size, length),
-        "label_words": torch.randperm(vocabulary, generator=generator)[:WORDS],
-        "targets": torch.randint(min(WORDS, vocabulary), (size,), generator=generator),
     }
+    if texts:
+        batch["labels"] = torch.cat((torch.full_like(tokens[:, :1], IGNORE), tokens[:, 1:]), 1)
+    else:
+        batch["label_words"] = torch.randperm(vocabulary, generator=generator)[:WORDS]
+        batch["targets"] = torch.randint(min(WORDS, vocabulary), (size,), generator=generator)
     return {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
 
 

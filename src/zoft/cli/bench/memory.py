@@ -27,6 +27,7 @@ def memory(
     ] = METHODS,
     lengths: Annotated[str, typer.Option(help="Tokens of an example, separated by commas.")] = "128,512,2048",
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in the batch.")] = 1,
+    texts: Annotated[bool, typer.Option("--texts", help="Learn all tokens, not a label word after them.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Save a plot here (.png, .svg or .pdf).")] = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
@@ -44,11 +45,12 @@ def memory(
 
     rows, console = with_checkpointing(parse_methods(methods)), common.console(quiet=as_json)
     with console.status("") as status:
-        records = compare(model, rows, sizes, batch_size, dtype or "auto", device, lambda row: status.update(row))
+        records = compare(model, rows, sizes, batch_size, dtype or "auto", device, status.update, texts)
     if plot is not None:
         _plot(plot, records)
     if as_json:
-        common.print_json({"model": model, "batch_size": batch_size, "dtype": dtype or "auto", "points": records})
+        asked = {"model": model, "batch_size": batch_size, "texts": texts, "dtype": dtype or "auto"}
+        common.print_json(asked | {"points": records})
         return
     console.print(_table(records))
     print_failures(console, records)
