@@ -14,7 +14,7 @@ from .collate import IGNORE
 
 Batch = Mapping[str, Tensor]
 
-LARGE = 1 << 23  # logits that are held in float32 at a time
+LARGE = 1 << 22  # logits that are held in float32 at a time
 
 
 def positions_to_keep(batch: Batch) -> int:
