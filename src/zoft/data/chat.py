@@ -29,16 +29,19 @@ def write(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Row], reply_n
 
 
 def earlier_replies(tokenizer: "PreTrainedTokenizerBase", row: Row) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation's turns, and where in it replies that are learned too begin and end.
+    """The text of a conversation's turns, and where in it replies that are learned too begin and end ("" if none may).
 
     These are the assistant's messages among the last `learned` turns (`zoft.data.form.conversation`), but not those
     that the template writes otherwise once they are not the last (without their thought).
     """
     turns = row["turns"]
-    prompt = write(tokenizer, turns, reply_next=True)
+    first = max(1, len(turns) - row["learned"])
+    replies = [i for i in range(first, len(turns)) if turns[i]["role"] == "assistant"]
+    prompt = write(tokenizer, turns, reply_next=True) if replies else ""
     found = []
-    for i in range(max(1, len(turns) - row["learned"]), len(turns)):
-        if turns[i]["role"] == "assistant" and prompt.startswith(after := write(tokenizer, turns[: i + 1])):
+    for i in replies:
+        after = write(tokenizer, turns[: i + 1])
+        if prompt.startswith(after):
             before = commonprefix([write(tokenizer, turns[:i], reply_next=True), prompt])  # noqa: RUF071 - of characters
             found.append((len(before), len(after)))
     return prompt, found

@@ -164,6 +164,8 @@ class Encoder:
         if row.get("reply") is None:
             return []
         text, parts = earlier_replies(self._tokenizer, row)
+        if not parts:
+            return []
         if not self._tokenizer.is_fast:  # it does not tell which characters a token has
             return [(len(self._ids(text[:start])), len(self._ids(text[:end]))) for start, end in parts]
         tokens = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
