@@ -227,8 +227,11 @@ def test_it_learns_with_few_forwards(make: Callable[[], PreTrainedModel], into: 
     assert start is not None and end is not None and end < 0.5 * start
 
 
-def test_the_slope_may_come_whole_or_in_parts() -> None:
+@pytest.mark.parametrize("joined", [1, 1 << 10, 1 << 23])
+def test_the_slope_may_come_whole_or_in_parts(joined: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other tokens than the logits' it is refused."""
+    monkeypatch.setattr("zoft.optim.guided.JOINED", joined)
+    monkeypatch.setattr("zoft.optim.loss.LARGE", 1)
     found = []
     for of in (lambda parts: parts, lambda parts: torch.cat(list(parts), 1)):
         model = llama()

@@ -1,10 +1,14 @@
 """The residual stream is found, and what is known of it in closed form is autograd's."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from zoft.optim import cross_entropy
+from zoft.optim import Guided, Loss, cross_entropy, recording, stream
+from zoft.optim.recording import Call, Heads
 from zoft.optim.stream import NoStream, find_stream
 from zoft.optim.transpose import Norm, slope_of
 
@@ -43,6 +47,34 @@ def test_a_writer_that_adds_next_to_nothing_is_found(small: str) -> None:
         if small in name:
             parameter.data *= 1e-3
     assert [n.rpartition(".")[2] for n in names(stream_of(model))] == ["o_proj", "down_proj"] * 2
+
+
+def test_a_look_keeps_few_rows_and_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it held views of all rows of every attention, and the logits of all tokens, while it looked."""
+    model, batch, logits = llama(), token_batch(), []
+    seen: list[torch.Tensor] = []
+
+    def closure() -> Loss:
+        found = model(batch["input_ids"]).logits
+        logits.append(weakref.ref(found))
+        return cross_entropy(found, batch["labels"])
+
+    def norm_before(x: torch.Tensor, calls: list[Call]) -> Any:
+        assert logits[0]() is None
+        return found_before(x, calls)
+
+    def heads(value: torch.Tensor, output: torch.Tensor) -> Heads:
+        seen.extend((value, output))
+        return Heads(value, output)
+
+    found_before = stream._norm_before
+    monkeypatch.setattr(stream, "_norm_before", norm_before)
+    monkeypatch.setattr(recording, "Heads", heads)
+    optimizer = Guided(model)
+    optimizer.step(closure)
+    assert len(logits) == 2 and optimizer.counters.forwards == 1
+    assert seen and all(x.shape[0] == recording.ROWS for x in seen)
+    assert all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in seen)
 
 
 def test_a_model_without_a_stream_says_what_is_missing() -> None:

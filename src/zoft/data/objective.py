@@ -2,9 +2,12 @@
 
 A causal model's logits at a position predict the token after it. The functions take them at the last K
 positions, `logits` [N, K, V] of any floating type, for any K from `positions_to_keep` up, and compute in float32.
+Those of long answers and texts may be `LateLogits`.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,27 @@ from .collate import IGNORE
 
 Batch = Mapping[str, Tensor]
 
-LARGE = 1 << 22  # logits that are held in float32 at a time
+LARGE = 1 << 20  # logits that are held in float32 at a time
+TOGETHER = 16  # as many times more that are made at once, since reading the head's weight takes long too
+
+
+class LateLogits:
+    """The logits [N, K, V] that `head` makes of `hidden` [N, K, d], made some positions at a time as they are read.
+
+    Those of all tokens would be the largest thing in memory. They are made anew each time.
+    """
+
+    def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
+        self._head, self._hidden = head, hidden
+        self.shape = (*hidden.shape[:2], head.out_features)
+
+    def split(self, positions: int, dim: int = 1) -> Iterator[Tensor]:
+        """Parts of so many positions each, one after the other."""
+        for hidden in self._hidden.split(TOGETHER * positions, dim):
+            yield from self._head(hidden).split(positions, dim)
+
+
+Logits = Tensor | LateLogits
 
 
 def positions_to_keep(batch: Batch) -> int:
@@ -30,13 +53,43 @@ def positions_to_keep(batch: Batch) -> int:
     return answer.numel() - int(answer.int().argmax()) + 1
 
 
-def read_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits [N, K, V] that `losses` and `choose` need of `batch`, by one forward of a transformers model."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    return model(**inputs, logits_to_keep=positions_to_keep(batch), use_cache=False).logits
+@overload
+def read_logits(model: nn.Module, batch: Batch, head: None = None) -> Tensor: ...
+@overload
+def read_logits(model: nn.Module, batch: Batch, head: nn.Linear | None) -> Logits: ...
+def read_logits(model: nn.Module, batch: Batch, head: nn.Linear | None = None) -> Logits:
+    """The logits [N, K, V] that `losses` and `choose` need of `batch`, by one forward of a transformers model.
+
+    `head` is the module that makes them, if it is known and nothing is done to what it gives. Then those of long
+    answers and texts are `LateLogits`, unless hooks on the head or autograd want all at once.
+    """
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    inputs |= {"logits_to_keep": positions_to_keep(batch), "use_cache": False}
+    count = len(batch["input_ids"]) * inputs["logits_to_keep"]
+    late = "labels" in batch and head is not None and count * head.out_features > TOGETHER * LARGE
+    if head is None or not late or _is_watched(head):
+        return model(**inputs).logits
+    with _passing_on(head):
+        found = model(**inputs).logits
+    return found if found.shape[2] == head.out_features else LateLogits(head, found)  # compiled code has its own head
 
 
-def losses(logits: Tensor, batch: Batch) -> Tensor:
+def _is_watched(head: nn.Linear) -> bool:
+    patched = "forward" in vars(head)
+    return patched or bool(head._forward_hooks or head._forward_pre_hooks) or torch.is_grad_enabled()
+
+
+@contextmanager
+def _passing_on(head: nn.Linear) -> Iterator[None]:
+    """While open, `head` gives what it is given."""
+    head.forward = nn.Identity().forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def losses(logits: Logits, batch: Batch) -> Tensor:
     """The loss of each example, float32 [B].
 
     With candidates to choose from: the cross-entropy of the right one under a softmax of their scores (see
@@ -52,13 +105,14 @@ def examples(batch: Batch) -> Tensor | None:
     return _places(batch["counts"])[0] if "counts" in batch else None
 
 
-def slope(logits: Tensor, batch: Batch) -> Iterator[Tensor]:
+def slope(logits: Logits, batch: Batch) -> Iterator[Tensor]:
     """The gradient of the mean of `losses` with respect to `logits` [N, K, V], in closed form.
 
     Float32, in parts of some positions each [N, k, V], one after the other: the whole would be the largest thing in
     memory.
     """
     if "label_words" in batch:
+        assert isinstance(logits, Tensor)  # at one position
         wrong = torch.zeros_like(logits, dtype=torch.float32)
         wrong[:, -1].index_add_(1, batch["label_words"], _choice_errors(_scores(logits, batch), batch))
         yield wrong
@@ -70,12 +124,12 @@ def slope(logits: Tensor, batch: Batch) -> Iterator[Tensor]:
     else:
         errors = -1 / (answered.sum(1) * len(answered))
     errors = (answered * errors.unsqueeze(1)).unsqueeze(2)
-    for part, right, error in _in_parts(logits.detach(), following.clamp(min=0).unsqueeze(2), errors):
-        wrong = part.softmax(-1, dtype=torch.float32).neg_()
+    for part, right, error in _in_parts(logits, following.clamp(min=0).unsqueeze(2), errors):
+        wrong = part.detach().softmax(-1, dtype=torch.float32).neg_()
         yield wrong.scatter_add_(2, right, torch.ones_like(right, dtype=torch.float32)).mul_(error)
 
 
-def choose(logits: Tensor, batch: Batch) -> Tensor:
+def choose(logits: Logits, batch: Batch) -> Tensor:
     """The index of the candidate with the highest score, int64 [B]; for batches with `targets`.
 
     A label word's score is its logit; a sequence's score is its answer's log-probability, divided by its norm.
@@ -83,12 +137,13 @@ def choose(logits: Tensor, batch: Batch) -> Tensor:
     return _scores(logits, batch).argmax(1)
 
 
-def _scores(logits: Tensor, batch: Batch) -> Tensor:
+def _scores(logits: Logits, batch: Batch) -> Tensor:
     """The scores of each example's candidates [B, C], -inf where an example has fewer than C."""
     if "label_words" in batch:
+        assert isinstance(logits, Tensor)
         return logits[:, -1, batch["label_words"]].float()
     counts = batch["counts"]
-    scores = logits.new_full((len(counts), int(counts.max())), -torch.inf, dtype=torch.float32)
+    scores = torch.full((len(counts), int(counts.max())), -torch.inf, device=counts.device)
     scores[_places(counts)] = _log_likelihoods(logits, batch["labels"]) / batch["norms"]
     return scores
 
@@ -105,7 +160,7 @@ def _choice_errors(scores: Tensor, batch: Batch) -> Tensor:
     return (scores.softmax(1) - right) / len(scores)
 
 
-def _log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
+def _log_likelihoods(logits: Logits, labels: Tensor) -> Tensor:
     """The summed log-probability of each sequence's answer [N]."""
     found = [
         F.cross_entropy(part.float().flatten(0, 1), right.flatten(), ignore_index=IGNORE, reduction="none")
@@ -114,12 +169,12 @@ def _log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
     return -torch.cat([part.view(len(labels), -1) for part in found], 1).sum(1)
 
 
-def _following(logits: Tensor, labels: Tensor) -> Tensor:
+def _following(logits: Logits, labels: Tensor) -> Tensor:
     """The tokens that the logits predict [N, K]; the last of them none."""
     return F.pad(labels, (0, 1), value=IGNORE)[:, -logits.shape[1] :]
 
 
-def _in_parts(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _in_parts(logits: Logits, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """All of them in parts of some positions each, of no more than `LARGE` logits."""
-    together = max(1, LARGE // logits[:, 0].numel())
+    together = max(1, LARGE // (logits.shape[0] * logits.shape[2]))
     return zip(*(tensor.split(together, 1) for tensor in (logits, *others)), strict=True)

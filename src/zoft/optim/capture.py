@@ -96,9 +96,12 @@ class Tokens:
     From the keyword arguments that the root module was called with: ``attention_mask`` [batch, tokens], zero at
     padding, and ``logits_to_keep``, the number of final positions whose logits are computed (all without it).
     Activations of another leading shape (tokens already selected, routed or flattened differently) are taken whole.
+
+    With `most`, the loss counts as reading no more than so many of them, the last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
         self._shape: tuple[int, int] | None = None
         self._first = 0  # the first place that the loss reads, in any example
         self._tokens: Tensor | None = None  # indices into the flattened [batch * tokens], None for all
@@ -120,7 +123,9 @@ class Tokens:
             read = torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
         if isinstance(keep, int) and keep:
             read = read & (torch.arange(length, device=read.device) >= length - keep)
-        self._read, self._first = read.nonzero(), int(read.any(0).int().argmax())
+        places = read.nonzero()
+        self._read = places if self._most is None else places[-self._most :]
+        self._first = int(self._read[:, 1].min()) if len(self._read) else 0
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` [..., d] as [rows, d] without padding."""
@@ -139,10 +144,10 @@ class Tokens:
             return x.view(batch, length, -1) if len(x) == batch * length else None
         return x.flatten(1, -2) if len(x) == batch else None
 
-    def read(self, x: Tensor | None, most: int | None = None) -> Tensor | None:
+    def read(self, x: Tensor | None) -> Tensor | None:
         """The rows of `x` that the loss reads, [rows, d]; `x` is [batch, tokens, d], or has its final tokens only.
 
-        With `most`, no more than so many, the first. None if `x` is of another shape.
+        None if `x` is of another shape.
         """
         if x is None or self._shape is None or self._read is None or x.dim() not in (2, 3):
             return None
@@ -151,7 +156,7 @@ class Tokens:
             x = x.view(batch, length, -1) if len(x) == batch * length else x
         if x.dim() == 2 or len(x) != batch or not length - self._first <= x.shape[1] <= length:
             return None
-        places = self._read[:most, 0] * x.shape[1] + self._read[:most, 1] - (length - x.shape[1])
+        places = self._read[:, 0] * x.shape[1] + self._read[:, 1] - (length - x.shape[1])
         return x.detach().flatten(0, 1).index_select(0, places.to(x.device))
 
     @property

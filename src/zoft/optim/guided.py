@@ -39,6 +39,7 @@ from zoft.optim.layers import LinearMap, input_of
 from zoft.optim.stream import Attention, Stream, Writer, find_stream
 from zoft.optim.transpose import FeedForward, transposed_product
 
+JOINED = 1 << 23  # numbers of an error at the logits that are multiplied by the head's weight at a time
 FEW = 64  # rows: with fewer, a map's weight takes longer to read than to compute with, and its output little room
 
 
@@ -71,8 +72,7 @@ class Guided:
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
         ranks = landscape.ranks
         if self._stream is None:
-            found = find_stream(landscape.model, landscape.forward)
-            landscape.forwards -= 1  # a look at the model, which a resumed run takes again: no part of the training
+            found = find_stream(landscape.model, landscape.look)
             if ranks.any(found is None):
                 return math.nan, [math.nan]
             self._stream = found
@@ -220,6 +220,19 @@ def _taken(landscape: Landscape, estimate: Estimate, writers: Sequence[Writer], 
         yield
 
 
+def _joined(parts: Iterable[Tensor], layer: LinearMap) -> Iterator[Tensor]:
+    """Some `parts` side by side, in the precision that they are multiplied in: reading a weight takes long too."""
+    halved = layer.weight is not None and layer.weight.dtype == torch.bfloat16
+    some: list[Tensor] = []
+    for part in parts:
+        some.append(part.to(torch.bfloat16 if halved else torch.float32))
+        if sum(part.numel() for part in some) > JOINED:
+            yield torch.cat(some, -2)
+            some.clear()
+    if some:
+        yield torch.cat(some, -2)
+
+
 @dataclass
 class _WayBack:
     """From the logits to the first block, over the rows kept."""
@@ -233,7 +246,7 @@ class _WayBack:
     def to_end(self, stream: Stream, at_logits: Tensor | Iterable[Tensor]) -> Tensor:
         """The error at the end of the stream, float32 [rows, d]; that at the logits may come in parts of positions."""
         head, parts = stream.head, [at_logits] if isinstance(at_logits, Tensor) else at_logits
-        at_norm = torch.cat([self.transposed(head, part.float().to(head.device)) for part in parts], dim=-2)
+        at_norm = torch.cat([self.transposed(head, part.to(head.device)) for part in _joined(parts, head)], dim=-2)
         rows = self.kept.tokens.read(at_norm)
         if rows is None:
             raise ValueError(

@@ -154,6 +154,12 @@ class Landscape:
         self.losses = loss.values.detach().cpu().double()  # on the CPU: not every device has float64
         return self.losses
 
+    def look(self) -> None:
+        """One more pass, to see how the model is made: not counted, since a resumed run takes it again."""
+        self.forward()
+        self.forwards -= 1
+        self.error = None  # it may hold logits
+
 
 def uncompiled() -> AbstractContextManager[Any]:
     """While open, compiled modules run as they were written, since compiled code may miss perturbations."""

@@ -1,4 +1,4 @@
-"""What flows through a model in one forward pass: first rows of what goes in and out of modules, and of attention."""
+"""What flows through a model in one forward pass: last rows of what goes in and out of modules, and of attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoft.optim.attention import Attended, Pattern, attended
 from zoft.optim.capture import Tokens
 
-ROWS = 8  # token rows looked at
+ROWS = 8  # of tokens that the loss reads
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Heads:
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[tuple[list[Call], list[Heads]]]:
-    """The calls of all modules, in the order they end, and of attention: the first rows of what went in and out."""
+    """The calls of all modules, in the order they end, and of attention: the last rows of what went in and out."""
     calls: list[Call] = []
     heads: list[Heads] = []
-    tokens = Tokens()
+    tokens = Tokens(ROWS)
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            x = tokens.read(_first_tensor((*args, *kwargs.values())), ROWS)
-            y = tokens.read(_first_tensor(output), ROWS)
+            x = tokens.read(_first_tensor((*args, *kwargs.values())))
+            y = tokens.read(_first_tensor(output))
             if y is not None and (x is not None or not name):
                 calls.append(Call(name, module, y[:0] if x is None else x.to(y.device), y))
 
@@ -58,7 +58,7 @@ def recorded(model: nn.Module) -> Iterator[tuple[list[Call], list[Heads]]]:
         pattern, averages = found
         value, output = (pattern.rows(x[:, :, -pattern.query.shape[2] :]) for x in (value, call.output))
         if close(averages[:, 0], output[:, 0]):  # else something else was done to the weights
-            heads.append(Heads(value[:ROWS].flatten(1), output[:ROWS].flatten(1)))
+            heads.append(Heads(value.flatten(1), output.flatten(1)))
 
     with ExitStack() as handles:
         handles.callback(model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)

@@ -13,6 +13,7 @@ from zoft.data import IGNORE, Collator, Encoder, Row, Task, TaskDataset, losses,
 from zoft.errors import UserError
 from zoft.optim import Loss
 from zoft.optim.placement import device_of
+from zoft.train.head import find_head
 from zoft.train.models import longest, room
 
 WORDS = 64  # with two, and logits in half precision, a probe may change no loss, and a step would have no update
@@ -56,9 +57,10 @@ def random_batch(model: Any, size: int, length: int, seed: int = 0, texts: bool 
 
 def task_closures(model: Any, batches: list[dict[str, Tensor]]) -> list[Callable[[], Loss]]:
     """The mean loss of each batch by `model`, and its slope."""
+    head = find_head(model)
 
     def loss(batch: dict[str, Tensor]) -> Loss:
-        logits = read_logits(model, batch)
+        logits = read_logits(model, batch, head)
         return Loss(losses(logits, batch).mean(), partial(slope, logits, batch))
 
     return [partial(loss, batch) for batch in batches]

@@ -42,6 +42,7 @@ from zoft.data import (
 from zoft.optim import Loss
 from zoft.train.checkpoints import remove, seal, whole_folder
 from zoft.train.config import LOSS
+from zoft.train.head import find_head
 from zoft.train.processes import wait
 from zoft.train.trainer import ZOTrainer
 
@@ -105,6 +106,7 @@ class TaskTrainer(ZOTrainer):
         super().__init__(model, args, data_collator=collate, processing_class=tokenizer, **rest)
 
         self.remove_callback(PrinterCallback)  # it prints on standard output
+        self._head = find_head(model) if task.kind in ("generation", "text") else None  # others read few logits
         self.model_accepts_loss_kwargs = False  # the loss below is a batch's mean, whatever a step accumulates
 
     # --- batches ---------------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ class TaskTrainer(ZOTrainer):
         """The loss of each example [B] and its slope for a zeroth-order optimizer, their mean for a first-order one."""
         if self.objective != LOSS:
             return self._shortfall(model, inputs)
-        logits = read_logits(model, inputs)
+        logits = read_logits(model, inputs, self._head)
         loss: Any = losses(logits, inputs)
         loss = loss.mean() if self.zero_order is None else Loss(loss, partial(slope, logits, inputs), examples(inputs))
         return (loss, logits) if return_outputs else loss
@@ -173,7 +175,7 @@ class TaskTrainer(ZOTrainer):
         """
         with torch.no_grad(), self.compute_loss_context_manager():
             if self.task.kind == "text":
-                found = torch.cat([losses(read_logits(model, part), part) for part in self._parts(inputs)])
+                found = torch.cat([losses(read_logits(model, part, self._head), part) for part in self._parts(inputs)])
                 return found, found
             begun = begin(model, inputs) if together else None
             if self.task.kind == "generation":

@@ -39,7 +39,7 @@ class Guided(ZeroOrder):
         lr: float = 1e-3,
         *,
         rank: int = 8,
-        power_steps: int | None = None,
+        power_steps: int | None = 8,
         renew_every: int | None = None,
         feed_forward: bool = True,
         attention: bool = False,
