@@ -227,6 +227,16 @@ def test_it_learns_with_few_forwards(make: Callable[[], PreTrainedModel], into: 
     assert start is not None and end is not None and end < 0.5 * start
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "opt"])
+def test_feed_forward_parts_are_gone_through_some_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoft.optim.guided.FEW", 0)
+    model, found = BUILDERS[name](), []
+    for rows in (512, 3):
+        monkeypatch.setattr("zoft.optim.guided.ROWS", rows)
+        found.append(estimated(Guided(model, rank=64), closure_of(model, token_batch())))
+    assert {name: e for name in found[0] if (e := error(found[1][name], found[0][name])) > 1e-4} == {}
+
+
 @pytest.mark.parametrize("joined", [1, 1 << 10, 1 << 23])
 def test_the_slope_may_come_whole_or_in_parts(joined: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other tokens than the logits' it is refused."""

@@ -40,6 +40,7 @@ from zoft.optim.stream import Attention, Stream, Writer, find_stream
 from zoft.optim.transpose import FeedForward, transposed_product
 
 JOINED = 1 << 23  # numbers of an error at the logits that are multiplied by the head's weight at a time
+ROWS = 512  # that go back through a feed-forward part at a time: what lies between its maps stays in a cache
 FEW = 64  # rows: with fewer, a map's weight takes longer to read than to compute with, and its output little room
 
 
@@ -269,9 +270,17 @@ class _WayBack:
 
     def fed_forward(self, part: FeedForward, error: Tensor) -> Tensor:
         """The error at what `part` reads of the stream, for that at its output; adds the factors of its inner maps."""
+        offloaded = any(layer.weight is not None and layer.weight.is_meta for layer in (*part.inner, part.down))
+        together = len(error) if offloaded else ROWS
+        inputs = self.kept.inputs[part.reader]
+        parts = zip(inputs.split(together), error.split(together), strict=True)
+        return torch.cat([self._fed_forward(part, h, at_output) for h, at_output in parts])
+
+    def _fed_forward(self, part: FeedForward, h: Tensor, error: Tensor) -> Tensor:
+        """The same for some rows `h` of the stream."""
         kept = self.kept
         if part.gate.name not in kept.outputs:
-            x = kept.inputs[part.reader] if part.norm is None else part.norm.module(kept.inputs[part.reader])
+            x = h if part.norm is None else part.norm.module(h)
             for layer in part.inner:
                 (module,) = layer.modules
                 kept.keep(layer.name, x, self.landscape.branches.basis(layer.name), module(x))
@@ -279,7 +288,7 @@ class _WayBack:
         at_x, errors = part.pull(outputs, error, self.transposed)
         for name, at_output in errors.items():
             kept.add_factor(name, at_output, self.estimate)
-        return self.to_stream(part, at_x)
+        return at_x if part.norm is None else part.norm.pull(h, at_x)
 
     def attended(self, writer: Writer, attention: Attention, error: Tensor) -> Tensor:
         """The error at what `attention` reads of the stream, for that at the output of its `writer`; adds a factor."""
@@ -294,11 +303,8 @@ class _WayBack:
             self.estimate.add_factor(name, factor.index_add_(0, columns, of_heads))
         at_values = error.new_zeros(len(error), attention.values.d_out)
         at_values.index_add_(1, columns, pattern.pull(at_heads).flatten(1))
-        return self.to_stream(attention, self.transposed(attention.values, at_values))
-
-    def to_stream(self, part: FeedForward | Attention, at_x: Tensor) -> Tensor:
-        """The error at what `part` reads of the stream, for that behind its norm."""
-        return at_x if part.norm is None else part.norm.pull(self.kept.inputs[part.reader], at_x)
+        at_x, norm = self.transposed(attention.values, at_values), attention.norm
+        return at_x if norm is None else norm.pull(self.kept.inputs[attention.reader], at_x)
 
     def transposed(self, layer: LinearMap, error: Tensor) -> Tensor:
         """``error W`` with the weight as it is in this pass, coefficients included."""
