@@ -136,8 +136,10 @@ def test_with_probe_batching_each_weight_is_loaded_once_a_step(batching: bool, t
 def test_guided_loads_what_it_goes_back_through_again(
     few: int, again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what stands before an activation once more, where the loss reads more than `few` rows."""
+    """And what stands before an activation once more, where the loss reads more than `few` rows; not for some of them
+    at a time."""
     monkeypatch.setattr("zoft.optim.guided.FEW", few)
+    monkeypatch.setattr("zoft.optim.guided.ROWS", 3)
     optimizer = Guided(on_disk(llama(), tmp_path))
     train(optimizer, range(1))  # a look at the model is part of it
     loads = counted(optimizer.model)

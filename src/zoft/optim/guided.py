@@ -270,10 +270,10 @@ class _WayBack:
 
     def fed_forward(self, part: FeedForward, error: Tensor) -> Tensor:
         """The error at what `part` reads of the stream, for that at its output; adds the factors of its inner maps."""
-        offloaded = any(layer.weight is not None and layer.weight.is_meta for layer in (*part.inner, part.down))
-        together = len(error) if offloaded else ROWS
-        inputs = self.kept.inputs[part.reader]
-        parts = zip(inputs.split(together), error.split(together), strict=True)
+        weights = [layer.weight for layer in (*part.inner, part.down)]
+        at_hand = all(weight is not None and not weight.is_meta for weight in weights)  # else each part loads them
+        together = ROWS if at_hand else len(error)
+        parts = zip(self.kept.inputs[part.reader].split(together), error.split(together), strict=True)
         return torch.cat([self._fed_forward(part, h, at_output) for h, at_output in parts])
 
     def _fed_forward(self, part: FeedForward, h: Tensor, error: Tensor) -> Tensor:
