@@ -32,7 +32,7 @@ def test_the_writers_are_found(name: str, dtype: torch.dtype) -> None:
     gain = 0.3 if name == "granite" else 1.0
     for block in stream.blocks:
         for writer in block.writers:
-            assert writer.gain == pytest.approx(gain, rel=0.02)
+            assert writer.gain == (pytest.approx(gain, rel=0.02) if name == "granite" else 1.0)  # exactly: see resuming
             assert (writer.norm is not None) == (name in ("gemma3", "olmo2"))
         assert [w.feed_forward is not None for w in block.writers] == [False, True][: len(ends)]
     assert [block.parallel for block in stream.blocks] == [name in ("gpt-neox", "cohere", "phi")] * 2

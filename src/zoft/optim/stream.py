@@ -165,6 +165,7 @@ def _parts(block: Call, inside: list[Call], maps: dict[str, LinearMap]) -> list[
             break
     else:
         return []
+    gains = torch.where((gains - 1).abs() < 0.02, 1.0, gains)  # rounding is the batch's, and a resumed run sees another
     found = [(distinct[i], gain) for i, gain in zip(chosen.tolist(), gains.tolist(), strict=True)]
     return sorted(found, key=lambda part: inside.index(part[0]))
 
