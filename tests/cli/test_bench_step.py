@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from zoft.bench.memory import Point
+from zoft.data import positions_to_keep
 
 from .conftest import Outcome
 
@@ -44,6 +45,15 @@ def test_one_method(step: Callable[..., Outcome]) -> None:
     assert 0 < low <= found["ratio"] == found["ratio_own_forwards"] <= high
 
 
+def test_texts(step: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time and memory are of the same batch: all tokens of it are learned."""
+    kept, points = [], []
+    monkeypatch.setattr("zoft.bench.step.read_logits", lambda model, batch: kept.append(positions_to_keep(batch)))
+    monkeypatch.setattr(Point, "measure_apart", lambda point: points.append(point) or {"failed": None})
+    found = step("--length", 8, "--texts", "--json").json()
+    assert found["texts"] is True and set(kept) == {8} and [point.texts for point in points] == [True, True]
+
+
 def test_several_methods(step: Callable[..., Outcome]) -> None:
     found = step("--method", "guided, mezo-published", "--method", "agzo+probes=3,fo-adamw", "--json").json()
     assert list(found["methods"]) == ["guided", "mezo-published", "agzo+probes=3", "fo-adamw"] and found["length"] == 32
@@ -76,7 +86,8 @@ def test_rows_of_a_task(step: Callable[..., Outcome], data: Path) -> None:
         (["--method", "lora+rank=4"], "zoft bench memory has it"),
         (["--method", ","], "',' names no method"),
         (["--length", 300], "the model takes 256 tokens; 300 are too many"),
-        (["--task", "sst2", "--length", 8], "--length is for random tokens"),
+        (["--task", "sst2", "--length", 8], "--length and --texts are for random tokens"),
+        (["--task", "sst2", "--texts"], "--length and --texts are for random tokens"),
         (["--data", "rows"], "--data needs --task"),
     ],
 )

@@ -37,7 +37,7 @@ from zoft.optim.estimator import Estimate
 from zoft.optim.landscape import Landscape
 from zoft.optim.layers import LinearMap, input_of
 from zoft.optim.stream import Attention, Stream, Writer, find_stream
-from zoft.optim.transpose import FeedForward, transposed_product
+from zoft.optim.transpose import FeedForward, Norm, transposed_product
 
 JOINED = 1 << 23  # numbers of an error at the logits that are multiplied by the head's weight at a time
 ROWS = 512  # that go back through a feed-forward part at a time: what lies between its maps stays in a cache
@@ -234,6 +234,11 @@ def _joined(parts: Iterable[Tensor], layer: LinearMap) -> Iterator[Tensor]:
         yield torch.cat(some, -2)
 
 
+def _behind(norm: Norm | None, h: Tensor, at_x: Tensor) -> Tensor:
+    """The error at `h`, for that at what `norm` makes of it, or at `h` itself without one."""
+    return at_x if norm is None else norm.pull(h, at_x)
+
+
 @dataclass
 class _WayBack:
     """From the logits to the first block, over the rows kept."""
@@ -288,7 +293,7 @@ class _WayBack:
         at_x, errors = part.pull(outputs, error, self.transposed)
         for name, at_output in errors.items():
             kept.add_factor(name, at_output, self.estimate)
-        return at_x if part.norm is None else part.norm.pull(h, at_x)
+        return _behind(part.norm, h, at_x)
 
     def attended(self, writer: Writer, attention: Attention, error: Tensor) -> Tensor:
         """The error at what `attention` reads of the stream, for that at the output of its `writer`; adds a factor."""
@@ -303,8 +308,8 @@ class _WayBack:
             self.estimate.add_factor(name, factor.index_add_(0, columns, of_heads))
         at_values = error.new_zeros(len(error), attention.values.d_out)
         at_values.index_add_(1, columns, pattern.pull(at_heads).flatten(1))
-        at_x, norm = self.transposed(attention.values, at_values), attention.norm
-        return at_x if norm is None else norm.pull(self.kept.inputs[attention.reader], at_x)
+        at_x = self.transposed(attention.values, at_values)
+        return _behind(attention.norm, self.kept.inputs[attention.reader], at_x)
 
     def transposed(self, layer: LinearMap, error: Tensor) -> Tensor:
         """``error W`` with the weight as it is in this pass, coefficients included."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGE = 1 << 22  # logits that are held in float32 at a time
+LARGE = 1 << 20  # logits that are held in float32 at a time
 
 
 class Loss(NamedTuple):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 METHODS = "agzo,zo-act,guided,lozo,mezo,fo-sgd,fo-adamw,lora"
 
+Texts = Annotated[bool, typer.Option("--texts", help="Learn all the random tokens, not a label word after them.")]
+
 
 def memory(
     model: common.Model,
@@ -27,7 +29,7 @@ def memory(
     ] = METHODS,
     lengths: Annotated[str, typer.Option(help="Tokens of an example, separated by commas.")] = "128,512,2048",
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in the batch.")] = 1,
-    texts: Annotated[bool, typer.Option("--texts", help="Learn all tokens, not a label word after them.")] = False,
+    texts: Texts = False,
     plot: Annotated[Path | None, typer.Option(help="Save a plot here (.png, .svg or .pdf).")] = None,
     dtype: common.Dtype = None,
     device: common.Device = None,

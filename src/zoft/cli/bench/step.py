@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zoft.cli import common
-from zoft.cli.bench.memory import parse_methods, print_failures
+from zoft.cli.bench.memory import Texts, parse_methods, print_failures
 from zoft.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def step(
     length: Annotated[
         int | None, typer.Option(min=1, help=f"Tokens of an example, random ones, without --task. Default: {LENGTH}.")
     ] = None,
+    texts: Texts = False,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds over which medians are taken.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the batch.")] = 0,
     dtype: common.Dtype = None,
@@ -45,8 +46,8 @@ def step(
 
     zoft bench step demo --method agzo,mezo-published
     """
-    if task is not None and length is not None:
-        raise UserError("--length is for random tokens: leave it out, or leave out --task")
+    if task is not None and (length is not None or texts):
+        raise UserError("--length and --texts are for random tokens: leave them out, or leave out --task")
     if data is not None and task is None:
         raise UserError("--data needs --task NAME (see zoft tasks)")
     import torch
@@ -60,8 +61,9 @@ def step(
         raise UserError("lora changes the model that all methods share here; zoft bench memory has it")
     console = common.console(quiet=as_json)
     network, tokenizer = load_model(model, dtype=dtype or "auto", device=device)
-    batch = _batch(network, tokenizer, task, data, batch_size, length or LENGTH, seed)
+    batch = _batch(network, tokenizer, task, data, batch_size, length or LENGTH, seed, texts)
     facts = {"model": model, "task": task, "batch_size": batch_size, "length": batch["input_ids"].shape[1]}
+    facts |= {"texts": texts}
     facts |= {"repeats": repeats, "dtype": str(network.dtype).removeprefix("torch."), "device": str(network.device)}
     facts |= {"threads": torch.get_num_threads()}
     with console.status("") as status:
@@ -70,7 +72,7 @@ def step(
         gc.collect()
         if torch.accelerator.is_available():
             torch.get_device_module().empty_cache()
-        records = compare(model, names, [facts["length"]], batch_size, dtype or "auto", device, status.update)
+        records = compare(model, names, [facts["length"]], batch_size, dtype or "auto", device, status.update, texts)
     plain, *others = [record.get("peak_memory_bytes") for record in records]  # None where a process failed
     for name, peak in zip(names, others, strict=True):
         found[name] |= {"peak_memory_bytes": peak, "inference_peak_memory_bytes": plain}
@@ -81,13 +83,15 @@ def step(
     print_failures(console, records)
 
 
-def _batch(model: Any, tokenizer: Any, task: str | None, data: Path | None, size: int, length: int, seed: int) -> Any:
+def _batch(
+    model: Any, tokenizer: Any, task: str | None, data: Path | None, size: int, length: int, seed: int, texts: bool
+) -> Any:
     """One training batch of the task, or a random one."""
     from zoft.data import load_rows, load_task, sample
     from zoft.train import random_batch, task_batches
 
     if task is None:
-        return random_batch(model, size, length, seed)
+        return random_batch(model, size, length, seed, texts)
     description = load_task(task)
     rows = sample(load_rows(description, data, "train"), size, seed)
     if len(rows) < size:
