@@ -83,19 +83,6 @@ def fixed_pattern(values: bool = True) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def only_final_rows(model: PreTrainedModel, count: int) -> Iterator[None]:
-    """While open, no gradient flows from a block to the one before, but at the final `count` positions."""
-
-    def cut(module: nn.Module, args: tuple) -> tuple:
-        return torch.cat((args[0][:, :-count].detach(), args[0][:, -count:]), dim=1), *args[1:]
-
-    handles = [layer.register_forward_pre_hook(cut) for layer in model.model.layers]
-    yield
-    for handle in handles:
-        handle.remove()
-
-
 def gradient(optimizer: Guided, closure: Callable[[], Loss]) -> dict[str, Tensor]:
     """What autograd says of the optimizer's maps, [d_out, d_in]."""
     weights = [m.weight for m in optimizer.maps]

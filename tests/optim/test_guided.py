@@ -1,8 +1,11 @@
 """The guided left factor: the estimate is autograd's gradient without the ways it neglects."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from zoft.optim import Guided, Loss
-from zoft.optim.attention import attended
+from zoft.optim.attention import Pattern, attended
+from zoft.optim.kept import NotRepeatable
 
 from .guidance import (
     BUILDERS,
@@ -22,7 +26,6 @@ from .guidance import (
     fixed_pattern,
     gradient,
     names,
-    only_final_rows,
     stream_of,
 )
 from .models import changed, llama, snapshot, token_batch
@@ -94,15 +97,15 @@ def test_coefficients_already_trained_are_part_of_the_way_back() -> None:
     assert all(error(found[name], expected[name]) < 1e-3 for name in found)
 
 
-def test_the_error_goes_to_rows_that_the_loss_reads_only() -> None:
-    """And the values of all rows count. Padding is on the left; the first rows read by an example may be padding."""
-    model, batch = llama(), {name: tensor.flip(1) for name, tensor in token_batch().items()}
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_through_attention_the_error_goes_to_tokens_whose_logits_the_loss_does_not_read(side: str) -> None:
+    model, batch = llama(), token_batch()
+    if side == "left":  # where the padding is; then final tokens are read of all examples, else of the longest alone
+        batch = {name: tensor.flip(1) for name, tensor in batch.items()}
     batch["labels"][:, :-3] = -100
-    closure = closure_of(model, batch, logits_to_keep=4)
-    optimizer = Guided(model, rank=64, attention=True)
-    optimizer.set_bases({m.name: torch.eye(m.d_in) for m in optimizer.maps})  # values have inputs at other rows too
+    optimizer, closure = Guided(model, rank=64, attention=True), closure_of(model, batch, logits_to_keep=4)
     found = estimated(optimizer, closure)
-    with fixed_pattern(), only_final_rows(model, 4):
+    with fixed_pattern():
         expected = gradient(optimizer, closure)
     assert any("v_proj" in name for name in found)
     assert {name: e for name in found if (e := error(found[name], expected[name])) > 1e-3} == {}
@@ -121,7 +124,7 @@ def test_where_few_rows_are_read_nothing_within_feed_forward_parts_is_computed_a
         module.register_forward_hook(lambda *_: calls.append(1))
     few, called = estimated(optimizer, closure), len(calls)
     assert called == len(inner)
-    monkeypatch.setattr("zoft.optim.guided.FEW", 0)
+    monkeypatch.setattr("zoft.optim.kept.FEW", 0)
     many = estimated(optimizer, closure)
     assert len(calls) - called == 2 * len(inner)
     for factor in many:
@@ -154,6 +157,61 @@ def test_attention_that_is_computed_otherwise_is_not_gone_through() -> None:
     closure, none = closure_of(model, token_batch()), Guided(llama(), rank=8)
     found = estimated(Guided(model, rank=8, attention=True), closure)
     assert found.keys() == estimated(none, closure_of(none.model, token_batch())).keys()
+
+
+def test_what_the_way_through_attention_takes_is_kept_of_one_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys of all blocks were a fifth of the memory of texts. What was kept is let go block by block."""
+    model, alive, counts = llama(num_hidden_layers=4), weakref.WeakSet(), []
+    closure, optimizer = closure_of(model, token_batch()), Guided(model, rank=8, attention=True)
+    estimated(optimizer, closure)  # the stream and the bases are there
+    pattern_of = Pattern.of
+
+    def counted(*args: Any) -> Any:
+        counts.append(len(alive))
+        found = pattern_of(*args)
+        alive.add(found)
+        return found
+
+    monkeypatch.setattr(Pattern, "of", counted)
+    estimated(optimizer, closure)
+    assert counts == [0] * 4 and len(alive) == 0
+
+
+@pytest.mark.parametrize("through", ["dropout", "memory"])
+def test_a_block_that_gives_something_else_when_run_again_is_told_of(through: str) -> None:
+    model = llama()
+    closure, optimizer, block = closure_of(model, token_batch()), Guided(model, attention=True), model.model.layers[1]
+    optimizer.estimate(closure)
+    if through == "dropout":
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        model.train()
+    else:
+        runs = count()
+        block.register_forward_hook(lambda module, args, output: output * (1 + next(runs)))
+    with pytest.raises(NotRepeatable, match=r"LlamaDecoderLayer .* eval mode .* leave attention out"):
+        optimizer.estimate(closure)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_under_autocast_it_is_the_same_but_for_rounding(name: str) -> None:
+    """It once took dtypes that do not fit together from what it had seen there."""
+    model = BUILDERS[name]()
+    closure, optimizer = closure_of(model, token_batch()), Guided(model, rank=64, attention=True)
+    whole = estimated(optimizer, closure)
+    optimizer.branches.detach()
+    found, dtypes = stream_of(model), []
+    for module in {layer for w in found.writers if w.attention for layer in w.attention.values.modules}:
+        module.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+
+    def halved() -> Loss:
+        with torch.autocast("cpu", torch.bfloat16):
+            return closure()
+
+    half = estimated(Guided(model, rank=64, attention=True), halved)
+    assert half.keys() == whole.keys()
+    assert {name: e for name in half if (e := error(half[name], whole[name])) > 0.05} == {}
+    assert dtypes.count(torch.bfloat16) == 6  # two blocks: to find the stream, forwards, and again
 
 
 def test_attention_is_seen_only_while_it_is_looked_at() -> None:
@@ -229,7 +287,7 @@ def test_it_learns_with_few_forwards(make: Callable[[], PreTrainedModel], into: 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "opt"])
 def test_feed_forward_parts_are_gone_through_some_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zoft.optim.guided.FEW", 0)
+    monkeypatch.setattr("zoft.optim.kept.FEW", 0)
     model, found = BUILDERS[name](), []
     for rows in (512, 3):
         monkeypatch.setattr("zoft.optim.guided.ROWS", rows)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,7 +95,7 @@ def counted(model: nn.Module) -> Counter[str]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("make", [ZOAct, Guided])
+@pytest.mark.parametrize("make", [ZOAct, Guided, partial(Guided, attention=True)])
 def test_an_offloaded_model_takes_the_steps_of_one_in_memory(
     make: Callable[..., ZeroOrder], way: str, tmp_path: Path
 ) -> None:
@@ -138,7 +139,7 @@ def test_guided_loads_what_it_goes_back_through_again(
 ) -> None:
     """And what stands before an activation once more, where the loss reads more than `few` rows; not for some of them
     at a time."""
-    monkeypatch.setattr("zoft.optim.guided.FEW", few)
+    monkeypatch.setattr("zoft.optim.kept.FEW", few)
     monkeypatch.setattr("zoft.optim.guided.ROWS", 3)
     optimizer = Guided(on_disk(llama(), tmp_path))
     train(optimizer, range(1))  # a look at the model is part of it

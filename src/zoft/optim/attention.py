@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoft.optim.capture import Tokens
+from zoft.optim.placement import unrounded
 
 LARGE = 1 << 22  # attention weights held at a time
 
@@ -55,7 +56,8 @@ def attended(see: Callable[[Attended], None]) -> Iterator[None]:
         output = attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
         if threading.get_ident() == thread and query.dim() == 4:
             scale = query.shape[-1] ** -0.5 if scale is None else scale
-            see(Attended(query, key, value, attn_mask, is_causal, scale, output))
+            with unrounded(query.device):
+                see(Attended(query, key, value, attn_mask, is_causal, scale, output))
         return output
 
     F.scaled_dot_product_attention = seen  # type: ignore[assignment]
@@ -69,9 +71,9 @@ def attended(see: Callable[[Attended], None]) -> Iterator[None]:
 class Pattern:
     """The attention weights of a call at the R positions from the first that the loss reads to the last.
 
-    Not the weights are kept but what they are computed from: `query` [B, H, R, d] and `key` [B, G, R, d] of these
-    positions, their `mask`, and the logarithm of the sum that they are divided by, `total` float32 [B, H, R]. `read`
-    int64 [rows, 2] are the examples and places of what the loss reads.
+    Not the weights are held but what they are computed from: `query` [B, H, R, d] of these positions, `key`
+    [B, G, S, d] of all, and their `mask`. `read` int64 [rows, 2] are the examples and places, among the R, of what the
+    loss reads.
     """
 
     query: Tensor
@@ -79,53 +81,43 @@ class Pattern:
     mask: Tensor | None
     causal: bool
     scale: float
-    total: Tensor
     read: Tensor
 
     @classmethod
-    def of(cls, call: Attended, tokens: Tokens, x: Tensor) -> tuple[Pattern, Tensor] | None:
-        """The pattern of `call`, and ``sum_j a_ij x_j`` for each head at the rows read, float32 [rows, H, r].
-
-        `x` [B, S, r] belongs to the values; if it is shorter than they are, to the last of them. None if the call is
-        not of all the tokens.
-        """
+    def of(cls, call: Attended, tokens: Tokens) -> Pattern | None:
+        """The pattern of `call`; None if it is not of all the tokens."""
         batch, heads, positions, _ = call.query.shape
-        length, places = call.key.shape[2], tokens.window(batch, positions)
-        if places is None or len(x) != batch or x.shape[1] > length or (call.causal and positions != length):
+        places = tokens.window(batch, positions)
+        if places is None or (call.causal and positions != call.key.shape[2]):
             return None
         read, count = places
         mask = None if call.mask is None else call.mask.expand(batch, heads, -1, -1)[:, :, -count:]
-        read = read.to(call.query.device)
-        seen = cls(call.query[:, :, -count:], call.key, mask, call.causal, call.scale, torch.empty(0), read)
-        x = F.pad(x.float(), (0, 0, length - x.shape[1], 0)).unsqueeze(1)
-        totals, averages = [], []
-        for part in seen._parts():
-            logits = seen._logits(part)
-            totals.append(logits.logsumexp(-1))
-            averages.append((logits - totals[-1].unsqueeze(-1)).exp_() @ x)
-        pattern = replace(
-            seen,
-            query=seen.query.clone(),
-            key=call.key[:, :, -count:].clone(),
-            mask=None if mask is None else mask[..., -count:],
-            total=torch.cat(totals, 1),
-        )
-        return pattern, pattern.rows(torch.cat(averages, 1))
+        query = call.query[:, :, -count:]
+        return cls(query, call.key, mask, call.causal, call.scale, read.to(query.device))
+
+    def average(self, x: Tensor) -> Tensor:
+        """``sum_j a_ij x_j`` for each head at the rows read, float32 [rows, H, r]; `x` [B, T, r] is of the last T keys."""
+        x = self._of_keys(x)
+        return self.rows(torch.cat([self._weights(part) @ x for part in self._parts()], 1))
+
+    def pull(self, error: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The error at the values of the rows read, for `error` at the outputs there, both float32 [rows, H, d].
+
+        And the `average` of `x`, for which the weights are not computed once more.
+        """
+        batch, _, count, _ = self.query.shape
+        at_output = error.new_zeros(batch, count, *error.shape[1:])
+        at_output[self.read[:, 0], self.read[:, 1]] = error
+        at_output, x, at_values, averages = at_output.transpose(1, 2), self._of_keys(x), [], []
+        for part in self._parts():
+            weights = self._weights(part)
+            at_values.append((weights.transpose(-1, -2) @ at_output[:, part])[:, :, -count:])
+            averages.append(weights @ x)
+        return self.rows(torch.cat(at_values, 1)), self.rows(torch.cat(averages, 1))
 
     def rows(self, x: Tensor) -> Tensor:
         """Those of `x` [B, H, R, r] that the loss reads, [rows, H, r]."""
         return x.transpose(1, 2)[self.read[:, 0], self.read[:, 1]]
-
-    def pull(self, error: Tensor) -> Tensor:
-        """The error at the values of the rows read, for `error` at the outputs there; both float32 [rows, H, d]."""
-        batch, _, count, _ = self.query.shape
-        at_output = error.new_zeros(batch, count, *error.shape[1:])
-        at_output[self.read[:, 0], self.read[:, 1]] = error
-        at_output, at_values = at_output.transpose(1, 2), []
-        for part in self._parts():
-            weights = (self._logits(part) - self.total[:, part].unsqueeze(-1)).exp_()
-            at_values.append(weights.transpose(-1, -2) @ at_output[:, part])
-        return self.rows(torch.cat(at_values, 1))
 
     def _parts(self) -> Iterator[slice]:
         """Heads whose weights are held together."""
@@ -133,8 +125,11 @@ class Pattern:
         size = max(1, LARGE // (batch * count * self.key.shape[2]))
         return (slice(start, start + size) for start in range(0, heads, size))
 
-    def _logits(self, heads: slice) -> Tensor:
-        """What the weights of these heads are the softmax of, float32, finite: padding may see nothing at all."""
+    def _of_keys(self, x: Tensor) -> Tensor:
+        return F.pad(x.float(), (0, 0, self.key.shape[2] - x.shape[1], 0)).unsqueeze(1)
+
+    def _weights(self, heads: slice) -> Tensor:
+        """Those of these heads, float32 [B, heads, R, S], finite: padding may see nothing at all."""
         query, least = self.query[:, heads].float(), torch.finfo(torch.float32).min
         sharing = self.query.shape[1] // self.key.shape[1]  # heads that look at the same keys
         keys = torch.arange(self.query.shape[1], device=query.device)[heads] // sharing
@@ -143,6 +138,7 @@ class Pattern:
             seen = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device)
             logits = logits.masked_fill_(~seen.tril(logits.shape[-1] - logits.shape[-2]), least)
         if self.mask is None:
-            return logits
+            return logits.softmax(-1)
         mask = self.mask[:, heads]
-        return logits.masked_fill_(~mask, least) if mask.dtype == torch.bool else (logits + mask).clamp_(min=least)
+        logits = logits.masked_fill_(~mask, least) if mask.dtype == torch.bool else (logits + mask).clamp_(min=least)
+        return logits.softmax(-1)

@@ -14,9 +14,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoft.optim.layers import LinearMap, input_of
+from zoft.optim.placement import unrounded
 
 T = TypeVar("T")
 
@@ -97,12 +99,13 @@ class Tokens:
     padding, and ``logits_to_keep``, the number of final positions whose logits are computed (all without it).
     Activations of another leading shape (tokens already selected, routed or flattened differently) are taken whole.
 
-    With `most`, the loss counts as reading no more than so many of them, the last.
+    With `most`, the loss counts as reading no more than so many of them, the last; with `everywhere`, as reading all.
     """
 
-    def __init__(self, most: int | None = None) -> None:
-        self._most = most
+    def __init__(self, most: int | None = None, everywhere: bool = False) -> None:
+        self._most, self._everywhere = most, everywhere
         self._shape: tuple[int, int] | None = None
+        self._kept = 0  # final places whose logits are computed
         self._first = 0  # the first place that the loss reads, in any example
         self._tokens: Tensor | None = None  # indices into the flattened [batch * tokens], None for all
         self._read: Tensor | None = None  # int64 [rows, 2], example and place of the tokens that the loss reads
@@ -121,8 +124,9 @@ class Tokens:
                 self._tokens = read.reshape(-1).nonzero().squeeze(1)
         else:
             read = torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
-        if isinstance(keep, int) and keep:
-            read = read & (torch.arange(length, device=read.device) >= length - keep)
+        self._kept = keep if isinstance(keep, int) and keep else length
+        if not self._everywhere:
+            read = read & (torch.arange(length, device=read.device) >= length - self._kept)
         places = read.nonzero()
         self._read = places if self._most is None else places[-self._most :]
         self._first = int(self._read[:, 1].min()) if len(self._read) else 0
@@ -158,6 +162,12 @@ class Tokens:
             return None
         places = self._read[:, 0] * x.shape[1] + self._read[:, 1] - (length - x.shape[1])
         return x.detach().flatten(0, 1).index_select(0, places.to(x.device))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """`x` [batch, K, d] of the K final tokens whose logits are computed, with zeros for those before them."""
+        if self._shape is None or x.shape[:-1] != (self._shape[0], self._kept):
+            return x
+        return F.pad(x, (0, 0, self._shape[1] - self._kept, 0))
 
     @property
     def count(self) -> int:
@@ -209,7 +219,8 @@ def captured(
             x = input_of(args, kwargs)
             if x.numel():  # an expert may be called with no token at all
                 # A hook of the module's own may move x to its device only after this.
-                basis = last.get(x, lambda: extract(layer, rows(layer, x).to(layer.device)))
+                with unrounded(layer.device):
+                    basis = last.get(x, lambda: extract(layer, rows(layer, x).to(layer.device)))
                 seen = bases.get(layer.name)
                 if seen is not None and copies > 1:
                     raise ValueError(f"layer {layer.name!r} is called twice, with one basis each: run the probes apart")

@@ -31,17 +31,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoft.optim.attention import Attended, Pattern, attended
 from zoft.optim.capture import Tokens
 from zoft.optim.estimator import Estimate
+from zoft.optim.kept import Call, Kept, called, coordinates, keeping
 from zoft.optim.landscape import Landscape
-from zoft.optim.layers import LinearMap, input_of
-from zoft.optim.stream import Attention, Stream, Writer, find_stream
+from zoft.optim.layers import LinearMap
+from zoft.optim.stream import Attention, Block, Stream, Writer, find_stream
 from zoft.optim.transpose import FeedForward, Norm, transposed_product
 
 JOINED = 1 << 23  # numbers of an error at the logits that are multiplied by the head's weight at a time
 ROWS = 512  # that go back through a feed-forward part at a time: what lies between its maps stays in a cache
-FEW = 64  # rows: with fewer, a map's weight takes longer to read than to compute with, and its output little room
 
 
 @dataclass
@@ -80,18 +79,18 @@ class Guided:
         stream = self._stream
         assert stream is not None
         landscape.reached = stream.reached(self.feed_forward, self.attention)
-        writers = [] if self.two_pass else stream.writers
-        norms = {writer.norm.module for writer in writers if writer.norm}
-        parts = [writer.feed_forward for writer in writers if writer.feed_forward and self.feed_forward]
-        attentions = [writer.attention for writer in writers if writer.attention and self.attention]
-        readers = {part.reader for part in parts} | {attention.reader for attention in attentions}
-        with _kept(landscape, writers, {stream.norm.module} | norms | readers, parts, attentions) as kept:
+        kept = Kept(Tokens(everywhere=self.attention))
+        writers = [] if self.two_pass or self.attention else stream.writers
+        with (
+            keeping(landscape, kept, writers, {stream.norm.module}, feed_forward=self.feed_forward),
+            called(stream.blocks if self.attention else ()) as calls,
+        ):
             loss = landscape.clean()
         if not math.isfinite(loss):
             return loss, [loss]
         if landscape.error is None:
             raise TypeError("the guided estimate needs the loss's slope: return a zoft.Loss (see zoft.cross_entropy)")
-        way = _WayBack(landscape, estimate, kept, self.feed_forward, self.attention)
+        way = _WayBack(landscape, estimate, kept, calls, self.feed_forward, self.attention)
         error = way.to_end(stream, landscape.error())
         landscape.error = None  # the logits are no longer needed
         if self.two_pass:
@@ -106,106 +105,11 @@ class Guided:
         return "guided"
 
 
-@dataclass
-class _Kept:
-    """What a clean pass leaves behind at the positions read: a few rows a layer."""
-
-    tokens: Tokens
-    coordinates: dict[str, Tensor] = field(default_factory=dict)  # x A by map name, of writers and what is in outputs
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # of inner maps of feed-forward parts, where rows are few
-    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of norms, feed-forward parts and attention
-    patterns: dict[str, tuple[Pattern, Tensor]] = field(default_factory=dict)  # of attention, by its values' map name,
-    # and the inputs of the values, times A, as each head averages them [rows, H, r]
-
-    def keep(self, name: str, x: Tensor, basis: Tensor | None, y: Tensor | None = None) -> None:
-        """Keep what the factor of map `name` takes, the coordinates of `x` in `basis`, and its output `y`, if given."""
-        if basis is not None:
-            self.coordinates[name] = x.to(basis.device).float() @ basis
-        if y is not None:
-            self.outputs[name] = y
-
-    def take(self, writer: Writer, error: Tensor, estimate: Estimate) -> Tensor:
-        """Add the factor of `writer`, by the `error` at the stream; return the error at the writer's output."""
-        error = error * writer.gain
-        if writer.norm is not None:
-            error = writer.norm.pull(self.inputs.pop(writer.norm.module), error)
-        self.add_factor(writer.map.name, error, estimate)
-        return error
-
-    def add_factor(self, name: str, error: Tensor, estimate: Estimate) -> None:
-        """Add the factor of map `name`, by the `error` at its output, if it has a basis."""
-        coordinates = self.coordinates.pop(name, None)
-        if coordinates is not None:
-            estimate.add_factor(name, error.t() @ coordinates)
-
-
-@contextmanager
-def _kept(
-    landscape: Landscape,
-    writers: Sequence[Writer],
-    modules: set[nn.Module],
-    parts: Sequence[FeedForward] = (),
-    attentions: Sequence[Attention] = (),
-) -> Iterator[_Kept]:
-    """While open, a forward pass leaves behind the coordinates of `writers`, the inputs of `modules`, and patterns.
-
-    And what the inner maps of feed-forward `parts` give, if the loss reads few rows.
-    """
-    kept = _Kept(Tokens())
-    values: list[tuple[str, Tensor]] = []  # the latest map of values that was called, and x A of all its tokens
-
-    def see_map(name: str, inner: bool) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = None if inner and kept.tokens.count > FEW else kept.tokens.read(input_of(args, kwargs))
-            if x is not None:
-                kept.keep(name, x, landscape.branches.basis(name), kept.tokens.read(output) if inner else None)
-
-        return see
-
-    def see_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = kept.tokens.read(input_of(args, kwargs))
-        if x is not None:
-            kept.inputs[module] = x
-
-    def see_values(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            basis, x = landscape.branches.basis(name), input_of(args, kwargs).to(output.device)
-            projected = kept.tokens.by_example(x if basis is None else landscape.branches.project(x, basis))
-            if projected is not None:  # without a basis the map is not trained, but the error goes through it
-                values[:] = [(name, projected[..., :0] if basis is None else projected)]
-
-        return see
-
-    def see_attention(call: Attended) -> None:
-        for name, coordinates in values:
-            pattern = Pattern.of(call, kept.tokens, coordinates)
-            if pattern is not None:
-                kept.patterns[name] = pattern
-        values.clear()
-
-    with ExitStack() as handles:
-        handles.callback(landscape.model.register_forward_pre_hook(kept.tokens.see, with_kwargs=True).remove)
-        if attentions:
-            handles.enter_context(attended(see_attention))
-        for layer in (layer for part in parts for layer in part.inner):
-            (module,) = layer.modules
-            handles.callback(module.register_forward_hook(see_map(layer.name, inner=True), with_kwargs=True).remove)
-        for attention in attentions:
-            (module,) = attention.values.modules
-            hook = see_values(attention.values.name)
-            handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        for writer in writers:
-            (module,) = writer.map.modules
-            hook = see_map(writer.map.name, inner=False)
-            handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        for module in modules:
-            handles.callback(module.register_forward_pre_hook(see_input, with_kwargs=True).remove)
-        yield kept
-
-
 @contextmanager
 def _taken(landscape: Landscape, estimate: Estimate, writers: Sequence[Writer], error: Tensor) -> Iterator[None]:
     """While open, a forward pass adds each writer's factor once it is called, for the same `error` at all of them."""
+
+    kept = Kept()
 
     def take(writer: Writer) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -214,7 +118,7 @@ def _taken(landscape: Landscape, estimate: Estimate, writers: Sequence[Writer], 
         return see
 
     with ExitStack() as handles:
-        kept = handles.enter_context(_kept(landscape, writers, {w.norm.module for w in writers if w.norm}))
+        handles.enter_context(keeping(landscape, kept, writers))
         for writer in writers:
             (last,) = [writer.norm.module] if writer.norm else writer.map.modules
             handles.callback(last.register_forward_hook(take(writer)).remove)
@@ -241,11 +145,12 @@ def _behind(norm: Norm | None, h: Tensor, at_x: Tensor) -> Tensor:
 
 @dataclass
 class _WayBack:
-    """From the logits to the first block, over the rows kept."""
+    """From the logits to the first block, over the rows kept; with `attention`, each block runs again first."""
 
     landscape: Landscape
     estimate: Estimate
-    kept: _Kept
+    kept: Kept
+    calls: dict[nn.Module, Call]
     feed_forward: bool
     attention: bool
 
@@ -253,7 +158,7 @@ class _WayBack:
         """The error at the end of the stream, float32 [rows, d]; that at the logits may come in parts of positions."""
         head, parts = stream.head, [at_logits] if isinstance(at_logits, Tensor) else at_logits
         at_norm = torch.cat([self.transposed(head, part.to(head.device)) for part in _joined(parts, head)], dim=-2)
-        rows = self.kept.tokens.read(at_norm)
+        rows = self.kept.tokens.read(self.kept.tokens.spread(at_norm))
         if rows is None:
             raise ValueError(
                 f"the error at the logits is that of {tuple(at_norm.shape[:-1])} tokens, which is not the logits'"
@@ -264,6 +169,8 @@ class _WayBack:
     def through(self, stream: Stream, error: Tensor) -> None:
         """Add every factor, from the `error` at the end of the stream back to its beginning."""
         for block in reversed(stream.blocks):
+            if self.attention:
+                self.run_again(block)
             error = through = error.to(block.device)
             for writer in reversed(block.writers):
                 at_output = self.kept.take(writer, error if block.parallel else through, self.estimate)
@@ -273,26 +180,34 @@ class _WayBack:
                     through = through + self.fed_forward(writer.feed_forward, at_output)
             error = through
 
+    def run_again(self, block: Block) -> None:
+        """Keep of `block` what the way back takes: of all blocks at once it would be much where the loss reads much."""
+        self.kept = Kept(self.kept.tokens)
+        with keeping(self.landscape, self.kept, block.writers, feed_forward=self.feed_forward, attention=True):
+            self.calls.pop(block.module).again(block)
+
     def fed_forward(self, part: FeedForward, error: Tensor) -> Tensor:
         """The error at what `part` reads of the stream, for that at its output; adds the factors of its inner maps."""
         weights = [layer.weight for layer in (*part.inner, part.down)]
         at_hand = all(weight is not None and not weight.is_meta for weight in weights)  # else each part loads them
         together = ROWS if at_hand else len(error)
-        parts = zip(self.kept.inputs[part.reader].split(together), error.split(together), strict=True)
-        return torch.cat([self._fed_forward(part, h, at_output) for h, at_output in parts])
+        parts = [slice(start, start + together) for start in range(0, len(error), together)]
+        return torch.cat([self._fed_forward(part, error[rows], rows) for rows in parts])
 
-    def _fed_forward(self, part: FeedForward, h: Tensor, error: Tensor) -> Tensor:
-        """The same for some rows `h` of the stream."""
-        kept = self.kept
-        if part.gate.name not in kept.outputs:
+    def _fed_forward(self, part: FeedForward, error: Tensor, rows: slice) -> Tensor:
+        """The same for some `rows`."""
+        h = self.kept.inputs[part.reader][rows]
+        bases = {layer.name: self.landscape.branches.basis(layer.name) for layer in part.inner}
+        if part.gate.name in self.kept.outputs:
+            outputs = {name: self.kept.outputs[name][rows] for name in bases}
+            inputs = {name: self.kept.coordinates[name][rows] for name, basis in bases.items() if basis is not None}
+        else:
             x = h if part.norm is None else part.norm.module(h)
-            for layer in part.inner:
-                (module,) = layer.modules
-                kept.keep(layer.name, x, self.landscape.branches.basis(layer.name), module(x))
-        outputs = {layer.name: kept.outputs.pop(layer.name) for layer in part.inner}
+            outputs = {layer.name: layer.modules[0](x) for layer in part.inner}
+            inputs = {name: coordinates(x, basis) for name, basis in bases.items() if basis is not None}
         at_x, errors = part.pull(outputs, error, self.transposed)
-        for name, at_output in errors.items():
-            kept.add_factor(name, at_output, self.estimate)
+        for name, xs in inputs.items():
+            self.estimate.add_factor(name, errors[name].t() @ xs)
         return _behind(part.norm, h, at_x)
 
     def attended(self, writer: Writer, attention: Attention, error: Tensor) -> Tensor:
@@ -300,14 +215,15 @@ class _WayBack:
         name, columns = attention.values.name, attention.columns
         if name not in self.kept.patterns:
             return torch.zeros_like(error)
-        pattern, averages = self.kept.patterns.pop(name)
-        at_heads = self.transposed(writer.map, error).unflatten(1, (averages.shape[1], -1))
-        if averages.shape[2]:
-            factor = averages.new_zeros(attention.values.d_out, averages.shape[2])
+        pattern, projected = self.kept.patterns.pop(name)
+        at_heads = self.transposed(writer.map, error).unflatten(1, (pattern.query.shape[1], -1))
+        at_averages, averages = pattern.pull(at_heads, projected)
+        if projected.shape[2]:
+            factor = averages.new_zeros(attention.values.d_out, projected.shape[2])
             of_heads = torch.einsum("nhd,nhr->hdr", at_heads, averages).flatten(0, 1)
             self.estimate.add_factor(name, factor.index_add_(0, columns, of_heads))
         at_values = error.new_zeros(len(error), attention.values.d_out)
-        at_values.index_add_(1, columns, pattern.pull(at_heads).flatten(1))
+        at_values.index_add_(1, columns, at_averages.flatten(1))
         at_x = self.transposed(attention.values, at_values)
         return _behind(attention.norm, self.kept.inputs[attention.reader], at_x)
 

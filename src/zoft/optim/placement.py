@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,17 @@ def device_of(*modules: nn.Module) -> torch.device:
 def devices_of(model: nn.Module) -> set[torch.device]:
     """All devices that `model` computes on."""
     return set(_devices(model))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast has `device` compute in; None if it is off."""
+    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
+
+
+def unrounded(device: torch.device) -> AbstractContextManager[Any]:
+    """While open, what is computed on `device` keeps its precision, though the model may run under autocast."""
+    return torch.autocast(device.type, enabled=False) if autocast_dtype(device) else nullcontext()
 
 
 def is_hooked(model: nn.Module) -> bool:

@@ -43,21 +43,21 @@ def recorded(model: nn.Module) -> Iterator[tuple[list[Call], list[Heads]]]:
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            x = tokens.read(_first_tensor((*args, *kwargs.values())))
-            y = tokens.read(_first_tensor(output))
+            x = tokens.read(first_tensor((*args, *kwargs.values())))
+            y = tokens.read(first_tensor(output))
             if y is not None and (x is not None or not name):
                 calls.append(Call(name, module, y[:0] if x is None else x.to(y.device), y))
 
         return see
 
     def see_attention(call: Attended) -> None:
-        found = Pattern.of(call, tokens, call.value[:, 0])
-        if found is None:
+        pattern = Pattern.of(call, tokens)
+        if pattern is None:
             return
+        average = pattern.average(call.value[:, 0])
         value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)
-        pattern, averages = found
         value, output = (pattern.rows(x[:, :, -pattern.query.shape[2] :]) for x in (value, call.output))
-        if close(averages[:, 0], output[:, 0]):  # else something else was done to the weights
+        if close(average[:, 0], output[:, 0]):  # else something else was done to the weights
             heads.append(Heads(value.flatten(1), output.flatten(1)))
 
     with ExitStack() as handles:
@@ -68,7 +68,7 @@ def recorded(model: nn.Module) -> Iterator[tuple[list[Call], list[Heads]]]:
         yield calls, heads
 
 
-def _first_tensor(values: Any) -> Tensor | None:
+def first_tensor(values: Any) -> Tensor | None:
     """The first floating-point tensor of a module's arguments or output that has rows."""
     if isinstance(values, Tensor):
         values = (values,)

@@ -57,6 +57,7 @@ class Block:
     """`writers` in the order they are called; in a `parallel` block the feed-forward part reads the stream before the
     other writers have joined it."""
 
+    module: nn.Module
     writers: list[Writer]
     parallel: bool
 
@@ -120,7 +121,7 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
         writers = _writers(block, inside, maps, heads)
         readers = {writer.feed_forward.reader for writer in writers if writer.feed_forward}
         parallel = any(call.module in readers and _same(call.x, block.x) for call in inside)
-        blocks.insert(0, Block(writers, parallel))
+        blocks.insert(0, Block(block.module, writers, parallel))
         stream = block.x
     if not any(block.writers for block in blocks):
         raise NoStream(f"no block of {type(model).__name__} adds the output of a linear map to its input")
@@ -156,7 +157,8 @@ def _parts(block: Call, inside: list[Call], maps: dict[str, LinearMap]) -> list[
     added = (exact(block.y) - exact(block.x)).flatten()
     outputs = torch.stack([exact(call.y).flatten() for call in distinct], dim=1)
     sizes = _least_squares(outputs, added).abs() * outputs.norm(dim=0)
-    rounding = 2 * torch.finfo(block.y.dtype).eps * (exact(block.y).norm() + added.norm())
+    finest, coarsest = (torch.finfo(dtype).eps for dtype in (block.y.dtype, distinct[0].y.dtype))  # under autocast
+    rounding = 2 * (finest * exact(block.y).norm() + max(finest, coarsest) * added.norm())
     order = sizes.argsort(descending=True)
     for count in range(max(1, int((sizes > 0.02 * added.norm()).sum())), len(distinct) + 1):
         chosen = order[:count]
@@ -222,8 +224,9 @@ def _readable(call: Call, maps: dict[str, LinearMap]) -> bool:
     weight = maps[call.name].dense_weight()
     if weight is None or weight.is_meta:
         return False
-    own = exact(call.module.forward(call.x)) - exact(call.module.forward(torch.zeros_like(call.x)))
-    return bool((exact(call.x.to(weight.dtype) @ weight.t()) - own).norm() <= 0.1 * own.norm())
+    x = call.x.to(weight.dtype)  # under autocast it may be of another
+    own = exact(call.module.forward(x)) - exact(call.module.forward(torch.zeros_like(x)))
+    return bool((exact(x @ weight.t()) - own).norm() <= 0.1 * own.norm())
 
 
 def _norm_before(x: Tensor, calls: list[Call]) -> tuple[Norm | None, Tensor]:

@@ -51,7 +51,7 @@ class Guided(ZeroOrder):
         super().__init__(
             model,
             lr=lr,
-            subspace=Activation(rank, power_steps, renew_every, read_only=True),
+            subspace=Activation(rank, power_steps, renew_every, read_only=not attention),
             estimator=GuidedEstimator(feed_forward, attention, two_pass),
             update=Adam(into=into),
             exclude=exclude,

@@ -1,0 +1,175 @@
+"""What a clean pass leaves behind for guided's way back: at the positions that the loss reads, a few rows a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoft.optim.attention import Attended, Pattern, attended
+from zoft.optim.capture import Tokens
+from zoft.optim.estimator import Estimate
+from zoft.optim.landscape import Landscape, uncompiled
+from zoft.optim.layers import input_of
+from zoft.optim.placement import autocast_dtype, device_of, unrounded
+from zoft.optim.recording import close, first_tensor
+from zoft.optim.stream import Block, Writer
+
+FEW = 64  # rows: with fewer, a map's weight takes longer to read than to compute with, and its output little room
+
+
+class NotRepeatable(ValueError):
+    """A block gives something else when it is run again with what it was called with."""
+
+
+@dataclass
+class Kept:
+    """Rows [rows, d] at the positions read."""
+
+    tokens: Tokens = field(default_factory=Tokens)
+    coordinates: dict[str, Tensor] = field(default_factory=dict)  # x A by map name, of writers and what is in outputs
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of inner maps of feed-forward parts
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of norms, feed-forward parts and attention
+    patterns: dict[str, tuple[Pattern, Tensor]] = field(default_factory=dict)  # of attention, by its values' map name,
+    # and x A for that map, of all tokens [batch, tokens, r]
+
+    def take(self, writer: Writer, error: Tensor, estimate: Estimate) -> Tensor:
+        """Add the factor of `writer`, by the `error` at the stream; return the error at the writer's output."""
+        error = error * writer.gain
+        if writer.norm is not None:
+            error = writer.norm.pull(self.inputs.pop(writer.norm.module), error)
+        coordinates = self.coordinates.pop(writer.map.name, None)
+        if coordinates is not None:
+            estimate.add_factor(writer.map.name, error.t() @ coordinates)
+        return error
+
+
+@contextmanager
+def keeping(
+    landscape: Landscape,
+    kept: Kept,
+    writers: Sequence[Writer],
+    modules: Set[nn.Module] = frozenset(),
+    *,
+    feed_forward: bool = False,
+    attention: bool = False,
+) -> Iterator[None]:
+    """While open, a forward pass leaves in `kept` what the way back through `writers` takes, and inputs of `modules`.
+
+    With `feed_forward` and `attention`, that is what the way through the parts takes which end in these. `attention` is
+    meant for one block at a time; without it, what inner maps of feed-forward parts give is kept only of few rows.
+    """
+    parts = [writer.feed_forward for writer in writers if writer.feed_forward and feed_forward]
+    attentions = [writer.attention for writer in writers if writer.attention and attention]
+    norms = {writer.norm.module for writer in writers if writer.norm}
+    readers = {part.reader for part in parts} | {part.reader for part in attentions}
+    branches, tokens = landscape.branches, kept.tokens
+    values: list[tuple[str, Tensor]] = []  # the latest map of values that was called, and x A of all its tokens
+
+    def see_map(name: str, inner: bool) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            x = None if inner and tokens.count > FEW and not attention else tokens.read(input_of(args, kwargs))
+            y = tokens.read(output) if inner and x is not None else None
+            basis = branches.basis(name)
+            if x is not None and basis is not None:
+                kept.coordinates[name] = coordinates(x, basis)
+            if y is not None:
+                kept.outputs[name] = y
+
+        return see
+
+    def see_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = tokens.read(input_of(args, kwargs))
+        if x is not None:
+            kept.inputs[module] = x
+
+    def see_values(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            basis, x = branches.basis(name), input_of(args, kwargs).to(output.device)
+            projected = tokens.by_example(x if basis is None else branches.project(x, basis))
+            if projected is not None:  # without a basis the map is not trained, but the error goes through it
+                values[:] = [(name, projected[..., :0] if basis is None else projected)]
+
+        return see
+
+    def see_attention(call: Attended) -> None:
+        pattern = Pattern.of(call, tokens)
+        for name, projected in values:
+            if pattern is not None and projected.shape[1] <= call.key.shape[2]:
+                kept.patterns[name] = pattern, projected
+        values.clear()
+
+    with ExitStack() as handles:
+        handles.callback(landscape.model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
+        if attentions:
+            handles.enter_context(attended(see_attention))
+        for layer in (layer for part in parts for layer in part.inner):
+            (module,) = layer.modules
+            handles.callback(module.register_forward_hook(see_map(layer.name, inner=True), with_kwargs=True).remove)
+        for attention_of in attentions:
+            (module,) = attention_of.values.modules
+            hook = see_values(attention_of.values.name)
+            handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        for writer in writers:
+            (module,) = writer.map.modules
+            hook = see_map(writer.map.name, inner=False)
+            handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        for module in modules | norms | readers:
+            handles.callback(module.register_forward_pre_hook(see_input, with_kwargs=True).remove)
+        yield
+
+
+def coordinates(x: Tensor, basis: Tensor) -> Tensor:
+    """``x A``, float32 [rows, r]."""
+    with unrounded(basis.device):
+        return x.to(basis.device).float() @ basis
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block was called with and gave, to run it again; what it holds of the stream is the next block's too."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    autocast: torch.dtype | None
+
+    def again(self, block: Block) -> None:
+        """Run `block` as it ran.
+
+        Raises:
+            NotRepeatable: it gives something else, because of dropout or a memory of its own.
+        """
+        rounded = torch.autocast(block.device.type, self.autocast) if self.autocast else nullcontext()
+        with uncompiled(), rounded:
+            output = block.module(*self.args, **self.kwargs)
+        before, now = first_tensor(self.output), first_tensor(output)
+        if before is None or now is None or not close(before, now):
+            raise NotRepeatable(
+                f"{type(block.module).__name__} gives something else when it is run again, so guided cannot go back "
+                "through its attention: set the model to eval mode if it has dropout, else leave attention out"
+            )
+
+
+@contextmanager
+def called(blocks: Sequence[Block]) -> Iterator[dict[nn.Module, Call]]:
+    """While open, a forward pass leaves behind how each of `blocks` was called, without a cache of keys and values."""
+    calls: dict[nn.Module, Call] = {}
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inputs = (*(_no_cache(value) for value in args),), {name: _no_cache(value) for name, value in kwargs.items()}
+        calls[module] = Call(*inputs, output, autocast_dtype(device_of(module)))
+
+    with ExitStack() as handles:
+        for block in blocks:
+            handles.callback(block.module.register_forward_hook(see, with_kwargs=True).remove)
+        yield calls
+
+
+def _no_cache(value: Any) -> Any:
+    """`value`, or None for transformers' caches, to which running a block again would add."""
+    return None if hasattr(value, "get_seq_length") else value
