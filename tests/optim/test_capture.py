@@ -143,3 +143,19 @@ def test_no_hook_is_left_behind_even_when_the_forward_raises() -> None:
         model(torch.ones(2, 5))
     assert not model._forward_pre_hooks
     assert not model[0]._forward_pre_hooks
+
+
+def test_under_autocast_bases_keep_their_precision() -> None:
+    """Its products would be in bfloat16."""
+    model, batch, seen = llama(), token_batch(), {}
+
+    def extract(layer: LinearMap, rows: Tensor) -> Basis:
+        seen[layer.name] = rows.clone()
+        return leading_basis(rows, torch.ones(len(rows), 1), 0)
+
+    maps = find_linear_maps(model)
+    with torch.no_grad(), captured(model, maps, extract) as bases, torch.autocast("cpu", torch.bfloat16):
+        model(**batch)
+    assert any(rows.dtype == torch.bfloat16 for rows in seen.values())
+    for name, rows in seen.items():
+        torch.testing.assert_close(bases[name].vectors, extract(maps[0], rows).vectors, rtol=0, atol=1e-6)

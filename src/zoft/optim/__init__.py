@@ -1,6 +1,7 @@
 """The core of zoft: subspaces, estimators, updates, and the optimizer made of them. Needs torch and numpy only."""
 
 from zoft.optim.estimator import Estimate, Probes
+from zoft.optim.kept import NotRepeatable
 from zoft.optim.layers import LinearMap, NoLinearLayers
 from zoft.optim.loss import Loss, cross_entropy
 from zoft.optim.methods import AGZO, AIMZO, LOZO, METHODS, Guided, MeZO, ZOAct
@@ -28,6 +29,7 @@ __all__ = [
     "MeZO",
     "NoLinearLayers",
     "NoStream",
+    "NotRepeatable",
     "Probes",
     "RandomLowRank",
     "Trace",

@@ -96,7 +96,7 @@ class Pattern:
         return cls(query, call.key, mask, call.causal, call.scale, read.to(query.device))
 
     def average(self, x: Tensor) -> Tensor:
-        """``sum_j a_ij x_j`` for each head at the rows read, float32 [rows, H, r]; `x` [B, T, r] is of the last T keys."""
+        """``sum_j a_ij x_j`` for each head at the rows read, float32 [rows, H, r]; `x` [B, T, r] is of final keys."""
         x = self._of_keys(x)
         return self.rows(torch.cat([self._weights(part) @ x for part in self._parts()], 1))
 

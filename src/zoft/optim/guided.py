@@ -8,13 +8,14 @@ its input x into the stream, ``G ~ sum over positions of e x^T``, and its coeffi
 well, which gives its inner matrices their factors and corrects the error for the blocks before.
 
 With its pattern held fixed, attention is a linear map of the values (`zoft.optim.attention`): if it is asked for, the
-matrices that make them have factors too, from the inputs of all positions, and the error is carried through it to
-other positions that the loss reads.
+error is carried through it to all tokens, and the matrices that make the values have factors too. What that takes is
+much, so that the first pass keeps only what each block was called with, and each runs again before the error goes back
+through it.
 
-What is neglected is the rest of the way through attention: the error at positions that the loss does not read, and how
-the pattern changes. The estimate is therefore biased, but needs no probe: one forward pass. It is white-box (weights of
-the head and within the blocks are read, transposed) and asks the loss for its slope at the logits; no gradient is
-recorded.
+What is neglected is the rest of the way through attention: how its pattern changes, or all of it, and with it the error
+at positions that the loss does not read. The estimate is therefore biased, but needs no probe: one forward pass. It is
+white-box (weights of the head and within the blocks are read, transposed) and asks the loss for its slope at the
+logits; no gradient is recorded.
 
 Relatives: feedback alignment (Lillicrap et al. 2016) and direct feedback alignment (Nøkland 2016) send errors back
 through fixed matrices; the logit lens (nostalgebraist 2020) reads the stream through the head in the other direction.
@@ -49,13 +50,14 @@ class Guided:
 
     `feed_forward` carries the error through the feed-forward parts, exactly, and gives their inner matrices factors
     too; `attention` does so for attention, its pattern held fixed, and the matrices that make its values (where torch's
-    ``scaled_dot_product_attention`` computes it). Without both only the matrices that write into the stream have
-    factors, and the stream counts as the identity. Then the error is the same for all of them, and with `two_pass` it
-    is known before a second pass, in which each factor is taken as its layer is called: nothing is kept per layer. The
-    closure must return a `Loss`.
+    ``scaled_dot_product_attention`` computes it), for which every block runs a second time. Without both only the
+    matrices that write into the stream have factors, and the stream counts as the identity. Then the error is the same
+    for all of them, and with `two_pass` it is known before a second pass, in which each factor is taken as its layer is
+    called: nothing is kept per layer. The closure must return a `Loss`.
 
     Raises:
         ValueError: `two_pass` with `feed_forward` or `attention`.
+        NotRepeatable: when called with `attention`, if a block, run again, gives something else (dropout).
     """
 
     feed_forward: bool = True

@@ -42,9 +42,9 @@ class Kept:
         error = error * writer.gain
         if writer.norm is not None:
             error = writer.norm.pull(self.inputs.pop(writer.norm.module), error)
-        coordinates = self.coordinates.pop(writer.map.name, None)
-        if coordinates is not None:
-            estimate.add_factor(writer.map.name, error.t() @ coordinates)
+        inputs = self.coordinates.pop(writer.map.name, None)
+        if inputs is not None:
+            estimate.add_factor(writer.map.name, error.t() @ inputs)
         return error
 
 
@@ -131,11 +131,11 @@ def coordinates(x: Tensor, basis: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """What a block was called with and gave, to run it again; what it holds of the stream is the next block's too."""
+    """What a block was called with, to run it again, and the stream after it, which is the next block's input too."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Any
+    output: Tensor | None
     autocast: torch.dtype | None
 
     def again(self, block: Block) -> None:
@@ -146,9 +146,9 @@ class Call:
         """
         rounded = torch.autocast(block.device.type, self.autocast) if self.autocast else nullcontext()
         with uncompiled(), rounded:
-            output = block.module(*self.args, **self.kwargs)
-        before, now = first_tensor(self.output), first_tensor(output)
-        if before is None or now is None or not close(before, now):
+            found = first_tensor(block.module(*self.args, **self.kwargs))
+        before = self.output
+        if before is None or found is None or not (torch.equal(before, found) or close(before, found)):
             raise NotRepeatable(
                 f"{type(block.module).__name__} gives something else when it is run again, so guided cannot go back "
                 "through its attention: set the model to eval mode if it has dropout, else leave attention out"
@@ -162,7 +162,7 @@ def called(blocks: Sequence[Block]) -> Iterator[dict[nn.Module, Call]]:
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         inputs = (*(_no_cache(value) for value in args),), {name: _no_cache(value) for name, value in kwargs.items()}
-        calls[module] = Call(*inputs, output, autocast_dtype(device_of(module)))
+        calls[module] = Call(*inputs, first_tensor(output), autocast_dtype(device_of(module)))
 
     with ExitStack() as handles:
         for block in blocks:

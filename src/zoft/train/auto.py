@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from zoft.errors import UserError
-from zoft.optim import EstimateWarning, NoLinearLayers, NoStream
+from zoft.optim import EstimateWarning, NoLinearLayers, NoStream, NotRepeatable
 from zoft.optim.landscape import Closure
 from zoft.train.config import TrainConfig
 from zoft.train.diagnosis import Diagnosis, diagnose
@@ -55,6 +55,8 @@ def settle(
         try:
             lr = _guided_lr(replace(guided, **unset), model, closures[0])
             return replace(guided, lr=lr, eps=None if config.eps == AUTO else config.eps), None
+        except NotRepeatable:  # through attention
+            return settle(config, model, lambda: closures)
         except (NoLinearLayers, NoStream):
             config = replace(config, method="zo-act", **unset)
     if AUTO not in (config.lr, config.eps):
@@ -81,7 +83,7 @@ def _guided_lr(config: TrainConfig, model: Any, closure: Closure) -> Any:
     """The lr of `config`, measured if it is to be; None where the loss is not finite: then training will say so.
 
     Raises:
-        NoLinearLayers, NoStream: guided cannot train the model.
+        NoLinearLayers, NoStream, NotRepeatable: guided cannot train the model.
     """
     optimizer = METHODS["guided"](model, **config.method_options)
     try:

@@ -14,7 +14,7 @@ from rich.console import Console
 from zoft import __version__
 from zoft.data import Task, TaskDataset
 from zoft.errors import UserError
-from zoft.optim import EstimateWarning, NoStream
+from zoft.optim import EstimateWarning, NoStream, NotRepeatable
 from zoft.report import write_report
 from zoft.train.assemble import Run, assemble
 from zoft.train.checkpoints import remove, whole_folder
@@ -79,6 +79,8 @@ def _fit(run: Run) -> None:
             run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     except NoStream as error:
         raise UserError(f"method {run.config.method}: {error}; agzo and zo-act need none") from error
+    except NotRepeatable as error:
+        raise UserError(f"method {run.config.method}: {error}") from error
     except UnpicklingError as error:  # only tensors and plain values are read
         raise UserError(f"{run.checkpoint} cannot be read: a file in it is damaged, or holds code") from error
     finally:

@@ -24,13 +24,15 @@ class Guided(ZeroOrder):
     fall linearly.
 
     With ``into="weights"`` the steps are written into the weights, and the basis may be renewed every
-    `renew_every` steps. ``attention=True`` carries the error through attention as well, its pattern held fixed, and
-    trains the matrices that make its values; ``feed_forward=False`` counts the stream as the identity, and then
-    ``two_pass=True`` takes two forwards a step and keeps nothing for each layer (`zoft.optim.guided.Guided`).
+    `renew_every` steps. ``attention=True`` carries the error through attention as well, its pattern held fixed, to all
+    tokens, whose inputs then give the bases, and trains the matrices that make its values; each block runs once more as
+    the error goes back. ``feed_forward=False`` counts the stream as the identity, and then ``two_pass=True`` takes two
+    forwards a step and keeps nothing for each layer (`zoft.optim.guided.Guided`).
 
     Raises:
         ValueError: `two_pass` with `feed_forward` or `attention`.
         NoStream: at the first estimate, if the model has no residual stream that ends in a norm and a linear head.
+        NotRepeatable: at an estimate with `attention`, if a block, run again, gives something else (dropout).
     """
 
     def __init__(
