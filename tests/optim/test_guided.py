@@ -193,6 +193,17 @@ def test_a_block_that_gives_something_else_when_run_again_is_told_of(through: st
         optimizer.estimate(closure)
 
 
+def test_what_padding_becomes_does_not_matter_when_blocks_run_again() -> None:
+    model, batch = llama(), token_batch()
+    optimizer, closure = Guided(model, rank=8, attention=True), closure_of(model, batch)
+    expected = estimated(optimizer, closure)
+    padding = batch["attention_mask"].unsqueeze(2) == 0
+    model.model.layers[-1].register_forward_hook(lambda module, args, output: output.masked_fill(padding, torch.nan))
+    found = estimated(optimizer, closure)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_under_autocast_it_is_the_same_but_for_rounding(name: str) -> None:
     """It once took dtypes that do not fit together from what it had seen there."""

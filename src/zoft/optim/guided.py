@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from zoft.optim.capture import Tokens
 from zoft.optim.estimator import Estimate
-from zoft.optim.kept import Call, Kept, called, coordinates, keeping
+from zoft.optim.kept import BlockCall, Kept, called, coordinates, keeping
 from zoft.optim.landscape import Landscape
 from zoft.optim.layers import LinearMap
 from zoft.optim.stream import Attention, Block, Stream, Writer, find_stream
@@ -110,7 +110,6 @@ class Guided:
 @contextmanager
 def _taken(landscape: Landscape, estimate: Estimate, writers: Sequence[Writer], error: Tensor) -> Iterator[None]:
     """While open, a forward pass adds each writer's factor once it is called, for the same `error` at all of them."""
-
     kept = Kept()
 
     def take(writer: Writer) -> Callable[..., None]:
@@ -152,7 +151,7 @@ class _WayBack:
     landscape: Landscape
     estimate: Estimate
     kept: Kept
-    calls: dict[nn.Module, Call]
+    calls: dict[nn.Module, BlockCall]
     feed_forward: bool
     attention: bool
 
@@ -186,7 +185,7 @@ class _WayBack:
         """Keep of `block` what the way back takes: of all blocks at once it would be much where the loss reads much."""
         self.kept = Kept(self.kept.tokens)
         with keeping(self.landscape, self.kept, block.writers, feed_forward=self.feed_forward, attention=True):
-            self.calls.pop(block.module).again(block)
+            self.calls.pop(block.module).again(block, self.kept.tokens)
 
     def fed_forward(self, part: FeedForward, error: Tensor) -> Tensor:
         """The error at what `part` reads of the stream, for that at its output; adds the factors of its inner maps."""

@@ -130,7 +130,7 @@ def coordinates(x: Tensor, basis: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Call:
+class BlockCall:
     """What a block was called with, to run it again, and the stream after it, which is the next block's input too."""
 
     args: tuple[Any, ...]
@@ -138,16 +138,16 @@ class Call:
     output: Tensor | None
     autocast: torch.dtype | None
 
-    def again(self, block: Block) -> None:
+    def again(self, block: Block, tokens: Tokens) -> None:
         """Run `block` as it ran.
 
         Raises:
-            NotRepeatable: it gives something else, because of dropout or a memory of its own.
+            NotRepeatable: it gives something else for `tokens`, because of dropout or a memory of its own.
         """
         rounded = torch.autocast(block.device.type, self.autocast) if self.autocast else nullcontext()
         with uncompiled(), rounded:
-            found = first_tensor(block.module(*self.args, **self.kwargs))
-        before = self.output
+            output = first_tensor(block.module(*self.args, **self.kwargs))
+        before, found = tokens.read(self.output), tokens.read(output)
         if before is None or found is None or not (torch.equal(before, found) or close(before, found)):
             raise NotRepeatable(
                 f"{type(block.module).__name__} gives something else when it is run again, so guided cannot go back "
@@ -156,13 +156,13 @@ class Call:
 
 
 @contextmanager
-def called(blocks: Sequence[Block]) -> Iterator[dict[nn.Module, Call]]:
+def called(blocks: Sequence[Block]) -> Iterator[dict[nn.Module, BlockCall]]:
     """While open, a forward pass leaves behind how each of `blocks` was called, without a cache of keys and values."""
-    calls: dict[nn.Module, Call] = {}
+    calls: dict[nn.Module, BlockCall] = {}
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         inputs = (*(_no_cache(value) for value in args),), {name: _no_cache(value) for name, value in kwargs.items()}
-        calls[module] = Call(*inputs, first_tensor(output), autocast_dtype(device_of(module)))
+        calls[module] = BlockCall(*inputs, first_tensor(output), autocast_dtype(device_of(module)))
 
     with ExitStack() as handles:
         for block in blocks:
