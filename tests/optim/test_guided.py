@@ -85,6 +85,35 @@ def test_two_passes_cannot_go_through_the_blocks(options: dict[str, bool]) -> No
         Guided(llama(), two_pass=True, **options)
 
 
+def test_attention_after_so_many_steps_is_gone_through_at_first_and_then() -> None:
+    """The first step shows whether blocks can run again; the moments of the steps without it are not those with it."""
+    model = llama()
+    closure = closure_of(model, token_batch())
+    optimizer, always, never = (
+        Guided(model, rank=8, lr=0.0, **options)
+        for options in ({"attention": True, "attention_after": 3}, {"attention": True}, {})
+    )
+    expected = estimated(always, closure)
+    estimated(never, closure)
+    never.set_bases({name: always.bases[name] for name in never.bases})
+    without = estimated(never, closure)
+    for step, there in enumerate((expected, without, without, expected, expected)):
+        optimizer.estimate(closure)
+        assert optimizer._estimate is not None
+        found = {name: factor @ optimizer.bases[name].t() for name, factor in optimizer._estimate.factors.items()}
+        assert found.keys() == there.keys()
+        for name, product in found.items():
+            torch.testing.assert_close(product, there[name])
+        optimizer.step()
+        assert {int(state["steps"]) for state in optimizer.updates.values()} == [{1}, {1, 2}, {1, 3}, {1}, {2}][step]
+
+
+@pytest.mark.parametrize("options", [{"attention_after": 3}, {"attention": True, "attention_after": -1}])
+def test_attention_after_is_a_number_of_steps(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="attention_after is a number of steps"):
+        Guided(llama(), **options)
+
+
 def test_coefficients_already_trained_are_part_of_the_way_back() -> None:
     model = llama()
     optimizer, closure = Guided(model, rank=64, lr=0.01, attention=True), closure_of(model, token_batch())

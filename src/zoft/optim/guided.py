@@ -41,7 +41,7 @@ from zoft.optim.stream import Attention, Block, Stream, Writer, find_stream
 from zoft.optim.transpose import FeedForward, Norm, transposed_product
 
 JOINED = 1 << 23  # numbers of an error at the logits that are multiplied by the head's weight at a time
-ROWS = 512  # that go back through a feed-forward part at a time: what lies between its maps stays in a cache
+ROWS = 128  # that go back through a feed-forward part at a time: what lies between its maps stays in a cache
 
 
 @dataclass
@@ -50,19 +50,21 @@ class Guided:
 
     `feed_forward` carries the error through the feed-forward parts, exactly, and gives their inner matrices factors
     too; `attention` does so for attention, its pattern held fixed, and the matrices that make its values (where torch's
-    ``scaled_dot_product_attention`` computes it), for which every block runs a second time. Without both only the
-    matrices that write into the stream have factors, and the stream counts as the identity. Then the error is the same
-    for all of them, and with `two_pass` it is known before a second pass, in which each factor is taken as its layer is
-    called: nothing is kept per layer. The closure must return a `Loss`.
+    ``scaled_dot_product_attention`` computes it), for which every block runs a second time; with `attention_after`, in
+    the first step, which shows whether blocks can, and then only after so many steps. Without both only the matrices
+    that write into the stream have factors, and the stream counts as the identity. Then the error is the same for all
+    of them, and with `two_pass` it is known before a second pass, in which each factor is taken as its layer is called:
+    nothing is kept per layer. The closure must return a `Loss`.
 
     Raises:
-        ValueError: `two_pass` with `feed_forward` or `attention`.
+        ValueError: `two_pass` with `feed_forward` or `attention`, or `attention_after` without `attention`.
         NotRepeatable: when called with `attention`, if a block, run again, gives something else (dropout).
     """
 
     feed_forward: bool = True
     attention: bool = False
     two_pass: bool = False
+    attention_after: int = 0
     _stream: Stream | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -70,9 +72,12 @@ class Guided:
             raise ValueError(
                 "two_pass keeps nothing to go through the blocks with: set feed_forward=False, and leave attention out"
             )
+        if self.attention_after < 0 or (self.attention_after and not self.attention):
+            raise ValueError("attention_after is a number of steps, and takes attention=True")
 
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
-        ranks = landscape.ranks
+        ranks, step = landscape.ranks, int(landscape.key[1])
+        through_attention = self.attention and (step == 0 or step >= self.attention_after)
         if self._stream is None:
             found = find_stream(landscape.model, landscape.look)
             if ranks.any(found is None):
@@ -81,18 +86,18 @@ class Guided:
         stream = self._stream
         assert stream is not None
         landscape.reached = stream.reached(self.feed_forward, self.attention)
-        kept = Kept(Tokens(everywhere=self.attention))
-        writers = [] if self.two_pass or self.attention else stream.writers
+        kept = Kept(Tokens(everywhere=through_attention))
+        writers = [] if self.two_pass or through_attention else stream.writers
         with (
             keeping(landscape, kept, writers, {stream.norm.module}, feed_forward=self.feed_forward),
-            called(stream.blocks if self.attention else ()) as calls,
+            called(stream.blocks if through_attention else ()) as calls,
         ):
             loss = landscape.clean()
         if not math.isfinite(loss):
             return loss, [loss]
         if landscape.error is None:
             raise TypeError("the guided estimate needs the loss's slope: return a zoft.Loss (see zoft.cross_entropy)")
-        way = _WayBack(landscape, estimate, kept, calls, self.feed_forward, self.attention)
+        way = _WayBack(landscape, estimate, kept, calls, self.feed_forward, through_attention)
         error = way.to_end(stream, landscape.error())
         landscape.error = None  # the logits are no longer needed
         if self.two_pass:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from zoft.optim.guided import Guided as GuidedEstimator
+from zoft.optim.landscape import Closure
 from zoft.optim.methods.zoact import HEADS
 from zoft.optim.optimizer import ZeroOrder
 from zoft.optim.subspace import Activation
@@ -26,11 +27,13 @@ class Guided(ZeroOrder):
     With ``into="weights"`` the steps are written into the weights, and the basis may be renewed every
     `renew_every` steps. ``attention=True`` carries the error through attention as well, its pattern held fixed, to all
     tokens, whose inputs then give the bases, and trains the matrices that make its values; each block runs once more as
-    the error goes back. ``feed_forward=False`` counts the stream as the identity, and then ``two_pass=True`` takes two
-    forwards a step and keeps nothing for each layer (`zoft.optim.guided.Guided`).
+    the error goes back. With `attention_after` it does so in the first step, and then only after so many, when Adam's
+    moments begin anew: those of the smaller estimates before would make its steps too large. ``feed_forward=False``
+    counts the stream as the identity, and then ``two_pass=True`` takes two forwards a step and keeps nothing for each
+    layer (`zoft.optim.guided.Guided`).
 
     Raises:
-        ValueError: `two_pass` with `feed_forward` or `attention`.
+        ValueError: `two_pass` with `feed_forward` or `attention`, or `attention_after` without `attention`.
         NoStream: at the first estimate, if the model has no residual stream that ends in a norm and a linear head.
         NotRepeatable: at an estimate with `attention`, if a block, run again, gives something else (dropout).
     """
@@ -45,6 +48,7 @@ class Guided(ZeroOrder):
         renew_every: int | None = None,
         feed_forward: bool = True,
         attention: bool = False,
+        attention_after: int = 0,
         two_pass: bool = False,
         into: Literal["weights", "coefficients"] = "coefficients",
         exclude: tuple[str, ...] = HEADS,
@@ -54,8 +58,14 @@ class Guided(ZeroOrder):
             model,
             lr=lr,
             subspace=Activation(rank, power_steps, renew_every, read_only=not attention),
-            estimator=GuidedEstimator(feed_forward, attention, two_pass),
+            estimator=GuidedEstimator(feed_forward, attention, two_pass, attention_after),
             update=Adam(into=into),
             exclude=exclude,
             **options,
         )
+        self._attention_after = attention_after
+
+    def estimate(self, closure: Closure) -> Tensor:
+        if self.counters.steps == self._attention_after:
+            self.updates.clear()
+        return super().estimate(closure)
