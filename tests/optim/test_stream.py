@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from zoft.optim import Guided, Loss, cross_entropy, recording, stream
+from zoft.optim.layers import find_linear_maps
 from zoft.optim.recording import Call, Heads
 from zoft.optim.stream import NoStream, find_stream
-from zoft.optim.transpose import Norm, slope_of
+from zoft.optim.transpose import Norm, slope_of, transposed_product
 
 from .guidance import BUILDERS, names, stream_of
 from .models import llama, mlp, token_batch
@@ -107,6 +108,17 @@ def test_a_norm_pulls_an_error_back_as_autograd_does(norm: nn.Module) -> None:
 def test_other_modules_are_no_norms(module: nn.Module) -> None:
     with torch.no_grad():
         assert Norm.of(module, torch.randn(5, 6)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_rows_are_multiplied_as_few_are(dtype: torch.dtype) -> None:
+    """They are filled up, so that there are not as many compiled products as batches have different sizes."""
+    model, error = llama().to(dtype), torch.randn(100, 32)
+    (layer,) = [layer for layer in find_linear_maps(model) if layer.name == "model.layers.0.self_attn.o_proj"]
+    with torch.no_grad():
+        found, weight = transposed_product(layer, error), layer.modules[0].weight.float()
+    torch.testing.assert_close(found, error.to(dtype).float() @ weight, rtol=0.02, atol=0.02)
+    assert found.shape == (100, 32) and found.dtype == torch.float32
 
 
 def test_slope() -> None:

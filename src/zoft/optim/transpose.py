@@ -10,9 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoft.optim.layers import LinearMap
+
+# Rows: for half precision the CPU's library compiles a product for each number of them, and keeps hundreds of these,
+# a fifth of a megabyte each. Batches of texts have a different number each.
+ALIKE = 64
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,17 @@ def transposed_product(layer: LinearMap, error: Tensor) -> Tensor:
     weight = layer.dense_weight()
     assert weight is not None
     if weight.dtype != torch.float16:
-        return (error.to(weight.dtype) @ weight).float()
+        return _product(error.to(weight.dtype), weight)
     largest = torch.linalg.vector_norm(error, math.inf).clamp(min=torch.finfo(torch.float32).tiny)
-    return (torch.div(error, largest).half() @ weight).float() * largest  # float16 has little range
+    return _product(torch.div(error, largest).half(), weight) * largest  # float16 has little range
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows @ weight``, float32; many `rows` are first filled up to a multiple of `ALIKE`."""
+    count = rows.shape[-2]
+    if count > ALIKE and count % ALIKE:
+        rows = F.pad(rows, (0, 0, 0, -count % ALIKE))
+    return (rows @ weight)[..., :count, :].float()
 
 
 def slope_of(act: Callable[[Tensor], Tensor], z: Tensor, step: float = 1e-3) -> Tensor:
