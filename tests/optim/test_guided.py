@@ -1,21 +1,15 @@
 """The guided left factor: the estimate is autograd's gradient without the ways it neglects."""
 
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from itertools import count
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from zoft.optim import Guided, Loss
-from zoft.optim.attention import Pattern, attended
-from zoft.optim.kept import NotRepeatable
 
 from .guidance import (
     BUILDERS,
@@ -85,35 +79,6 @@ def test_two_passes_cannot_go_through_the_blocks(options: dict[str, bool]) -> No
         Guided(llama(), two_pass=True, **options)
 
 
-def test_attention_after_so_many_steps_is_gone_through_at_first_and_then() -> None:
-    """The first step shows whether blocks can run again; the moments of the steps without it are not those with it."""
-    model = llama()
-    closure = closure_of(model, token_batch())
-    optimizer, always, never = (
-        Guided(model, rank=8, lr=0.0, **options)
-        for options in ({"attention": True, "attention_after": 3}, {"attention": True}, {})
-    )
-    expected = estimated(always, closure)
-    estimated(never, closure)
-    never.set_bases({name: always.bases[name] for name in never.bases})
-    without = estimated(never, closure)
-    for step, there in enumerate((expected, without, without, expected, expected)):
-        optimizer.estimate(closure)
-        assert optimizer._estimate is not None
-        found = {name: factor @ optimizer.bases[name].t() for name, factor in optimizer._estimate.factors.items()}
-        assert found.keys() == there.keys()
-        for name, product in found.items():
-            torch.testing.assert_close(product, there[name])
-        optimizer.step()
-        assert {int(state["steps"]) for state in optimizer.updates.values()} == [{1}, {1, 2}, {1, 3}, {1}, {2}][step]
-
-
-@pytest.mark.parametrize("options", [{"attention_after": 3}, {"attention": True, "attention_after": -1}])
-def test_attention_after_is_a_number_of_steps(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="attention_after is a number of steps"):
-        Guided(llama(), **options)
-
-
 def test_coefficients_already_trained_are_part_of_the_way_back() -> None:
     model = llama()
     optimizer, closure = Guided(model, rank=64, lr=0.01, attention=True), closure_of(model, token_batch())
@@ -124,20 +89,6 @@ def test_coefficients_already_trained_are_part_of_the_way_back() -> None:
     with fixed_pattern():
         expected = gradient(optimizer, closure)  # the side branches are in the model
     assert all(error(found[name], expected[name]) < 1e-3 for name in found)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_through_attention_the_error_goes_to_tokens_whose_logits_the_loss_does_not_read(side: str) -> None:
-    model, batch = llama(), token_batch()
-    if side == "left":  # where the padding is; then final tokens are read of all examples, else of the longest alone
-        batch = {name: tensor.flip(1) for name, tensor in batch.items()}
-    batch["labels"][:, :-3] = -100
-    optimizer, closure = Guided(model, rank=64, attention=True), closure_of(model, batch, logits_to_keep=4)
-    found = estimated(optimizer, closure)
-    with fixed_pattern():
-        expected = gradient(optimizer, closure)
-    assert any("v_proj" in name for name in found)
-    assert {name: e for name in found if (e := error(found[name], expected[name])) > 1e-3} == {}
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -160,16 +111,6 @@ def test_where_few_rows_are_read_nothing_within_feed_forward_parts_is_computed_a
         torch.testing.assert_close(few[factor], many[factor], rtol=1e-4, atol=1e-7)
 
 
-def test_attention_weights_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llama()
-    closure, optimizer = closure_of(model, token_batch()), Guided(model, rank=8, attention=True)
-    whole = estimated(optimizer, closure)
-    monkeypatch.setattr("zoft.optim.attention.LARGE", 1)
-    parts = estimated(optimizer, closure)
-    for name in whole:
-        torch.testing.assert_close(parts[name], whole[name])
-
-
 def test_values_that_are_not_trained_are_gone_through_all_the_same() -> None:
     model = llama()
     closure, frozen = closure_of(model, token_batch()), ("lm_head", "*.v_proj")
@@ -179,58 +120,6 @@ def test_values_that_are_not_trained_are_gone_through_all_the_same() -> None:
     assert whole.keys() - part.keys() == {f"model.layers.{i}.self_attn.v_proj" for i in range(2)}
     for name in part:
         torch.testing.assert_close(part[name], whole[name])
-
-
-def test_attention_that_is_computed_otherwise_is_not_gone_through() -> None:
-    model = llama(attn_implementation="eager")
-    closure, none = closure_of(model, token_batch()), Guided(llama(), rank=8)
-    found = estimated(Guided(model, rank=8, attention=True), closure)
-    assert found.keys() == estimated(none, closure_of(none.model, token_batch())).keys()
-
-
-def test_what_the_way_through_attention_takes_is_kept_of_one_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries and keys of all blocks were a fifth of the memory of texts. What was kept is let go block by block."""
-    model, alive, counts = llama(num_hidden_layers=4), weakref.WeakSet(), []
-    closure, optimizer = closure_of(model, token_batch()), Guided(model, rank=8, attention=True)
-    estimated(optimizer, closure)  # the stream and the bases are there
-    pattern_of = Pattern.of
-
-    def counted(*args: Any) -> Any:
-        counts.append(len(alive))
-        found = pattern_of(*args)
-        alive.add(found)
-        return found
-
-    monkeypatch.setattr(Pattern, "of", counted)
-    estimated(optimizer, closure)
-    assert counts == [0] * 4 and len(alive) == 0
-
-
-@pytest.mark.parametrize("through", ["dropout", "memory"])
-def test_a_block_that_gives_something_else_when_run_again_is_told_of(through: str) -> None:
-    model = llama()
-    closure, optimizer, block = closure_of(model, token_batch()), Guided(model, attention=True), model.model.layers[1]
-    optimizer.estimate(closure)
-    if through == "dropout":
-        for layer in model.model.layers:
-            layer.self_attn.attention_dropout = 0.5
-        model.train()
-    else:
-        runs = count()
-        block.register_forward_hook(lambda module, args, output: output * (1 + next(runs)))
-    with pytest.raises(NotRepeatable, match=r"LlamaDecoderLayer .* eval mode .* leave attention out"):
-        optimizer.estimate(closure)
-
-
-def test_what_padding_becomes_does_not_matter_when_blocks_run_again() -> None:
-    model, batch = llama(), token_batch()
-    optimizer, closure = Guided(model, rank=8, attention=True), closure_of(model, batch)
-    expected = estimated(optimizer, closure)
-    padding = batch["attention_mask"].unsqueeze(2) == 0
-    model.model.layers[-1].register_forward_hook(lambda module, args, output: output.masked_fill(padding, torch.nan))
-    found = estimated(optimizer, closure)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name])
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -252,16 +141,6 @@ def test_under_autocast_it_is_the_same_but_for_rounding(name: str) -> None:
     assert half.keys() == whole.keys()
     assert {name: e for name in half if (e := error(half[name], whole[name])) > 0.05} == {}
     assert dtypes.count(torch.bfloat16) == 6  # two blocks: to find the stream, forwards, and again
-
-
-def test_attention_is_seen_only_while_it_is_looked_at() -> None:
-    before, calls = F.scaled_dot_product_attention, []
-    x = torch.randn(1, 2, 3, 4)
-    with pytest.raises(ZeroDivisionError), attended(calls.append):
-        F.scaled_dot_product_attention(x, x, x, is_causal=True)
-        raise ZeroDivisionError
-    assert len(calls) == 1 and calls[0].causal and calls[0].scale == 0.5
-    assert F.scaled_dot_product_attention is before
 
 
 def test_only_what_the_loss_reads_is_read() -> None:

@@ -1,0 +1,137 @@
+"""Guided through attention: to all tokens, each block run again, from the start or after so many steps."""
+
+import weakref
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from zoft.optim import Guided
+from zoft.optim.attention import Pattern, attended
+from zoft.optim.kept import NotRepeatable
+
+from .guidance import (
+    closure_of,
+    error,
+    estimated,
+    fixed_pattern,
+    gradient,
+)
+from .models import llama, token_batch
+
+
+def test_attention_after_so_many_steps_is_gone_through_at_first_and_then() -> None:
+    """The first step shows whether blocks can run again; the moments of the steps without it are not those with it."""
+    model = llama()
+    closure = closure_of(model, token_batch())
+    optimizer, always, never = (
+        Guided(model, rank=8, lr=0.0, **options)
+        for options in ({"attention": True, "attention_after": 3}, {"attention": True}, {})
+    )
+    expected = estimated(always, closure)
+    estimated(never, closure)
+    never.set_bases({name: always.bases[name] for name in never.bases})
+    without = estimated(never, closure)
+    for step, there in enumerate((expected, without, without, expected, expected)):
+        optimizer.estimate(closure)
+        assert optimizer._estimate is not None
+        found = {name: factor @ optimizer.bases[name].t() for name, factor in optimizer._estimate.factors.items()}
+        assert found.keys() == there.keys()
+        for name, product in found.items():
+            torch.testing.assert_close(product, there[name])
+        optimizer.step()
+        assert {int(state["steps"]) for state in optimizer.updates.values()} == [{1}, {1, 2}, {1, 3}, {1}, {2}][step]
+
+
+@pytest.mark.parametrize("options", [{"attention_after": 3}, {"attention": True, "attention_after": -1}])
+def test_attention_after_is_a_number_of_steps(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="attention_after is a number of steps"):
+        Guided(llama(), **options)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_through_attention_the_error_goes_to_tokens_whose_logits_the_loss_does_not_read(side: str) -> None:
+    model, batch = llama(), token_batch()
+    if side == "left":  # where the padding is; then final tokens are read of all examples, else of the longest alone
+        batch = {name: tensor.flip(1) for name, tensor in batch.items()}
+    batch["labels"][:, :-3] = -100
+    optimizer, closure = Guided(model, rank=64, attention=True), closure_of(model, batch, logits_to_keep=4)
+    found = estimated(optimizer, closure)
+    with fixed_pattern():
+        expected = gradient(optimizer, closure)
+    assert any("v_proj" in name for name in found)
+    assert {name: e for name in found if (e := error(found[name], expected[name])) > 1e-3} == {}
+
+
+def test_attention_weights_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    closure, optimizer = closure_of(model, token_batch()), Guided(model, rank=8, attention=True)
+    whole = estimated(optimizer, closure)
+    monkeypatch.setattr("zoft.optim.attention.LARGE", 1)
+    parts = estimated(optimizer, closure)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name])
+
+
+def test_attention_that_is_computed_otherwise_is_not_gone_through() -> None:
+    model = llama(attn_implementation="eager")
+    closure, none = closure_of(model, token_batch()), Guided(llama(), rank=8)
+    found = estimated(Guided(model, rank=8, attention=True), closure)
+    assert found.keys() == estimated(none, closure_of(none.model, token_batch())).keys()
+
+
+def test_what_the_way_through_attention_takes_is_kept_of_one_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys of all blocks were a fifth of the memory of texts. What was kept is let go block by block."""
+    model, alive, counts = llama(num_hidden_layers=4), weakref.WeakSet(), []
+    closure, optimizer = closure_of(model, token_batch()), Guided(model, rank=8, attention=True)
+    estimated(optimizer, closure)  # the stream and the bases are there
+    pattern_of = Pattern.of
+
+    def counted(*args: Any) -> Any:
+        counts.append(len(alive))
+        found = pattern_of(*args)
+        alive.add(found)
+        return found
+
+    monkeypatch.setattr(Pattern, "of", counted)
+    estimated(optimizer, closure)
+    assert counts == [0] * 4 and len(alive) == 0
+
+
+@pytest.mark.parametrize("through", ["dropout", "memory"])
+def test_a_block_that_gives_something_else_when_run_again_is_told_of(through: str) -> None:
+    model = llama()
+    closure, optimizer, block = closure_of(model, token_batch()), Guided(model, attention=True), model.model.layers[1]
+    optimizer.estimate(closure)
+    if through == "dropout":
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        model.train()
+    else:
+        runs = count()
+        block.register_forward_hook(lambda module, args, output: output * (1 + next(runs)))
+    with pytest.raises(NotRepeatable, match=r"LlamaDecoderLayer .* eval mode .* leave attention out"):
+        optimizer.estimate(closure)
+
+
+def test_what_padding_becomes_does_not_matter_when_blocks_run_again() -> None:
+    model, batch = llama(), token_batch()
+    optimizer, closure = Guided(model, rank=8, attention=True), closure_of(model, batch)
+    expected = estimated(optimizer, closure)
+    padding = batch["attention_mask"].unsqueeze(2) == 0
+    model.model.layers[-1].register_forward_hook(lambda module, args, output: output.masked_fill(padding, torch.nan))
+    found = estimated(optimizer, closure)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_attention_is_seen_only_while_it_is_looked_at() -> None:
+    before, calls = F.scaled_dot_product_attention, []
+    x = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ZeroDivisionError), attended(calls.append):
+        F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        raise ZeroDivisionError
+    assert len(calls) == 1 and calls[0].causal and calls[0].scale == 0.5
+    assert F.scaled_dot_product_attention is before
