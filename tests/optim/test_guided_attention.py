@@ -43,6 +43,7 @@ def test_attention_after_so_many_steps_is_gone_through_at_first_and_then() -> No
             torch.testing.assert_close(product, there[name])
         optimizer.step()
         assert {int(state["steps"]) for state in optimizer.updates.values()} == [{1}, {1, 2}, {1, 3}, {1}, {2}][step]
+        assert optimizer.counters.forwards == [2, 3, 4, 6, 8][step]  # blocks that run again make a second one
 
 
 @pytest.mark.parametrize("options", [{"attention_after": 3}, {"attention": True, "attention_after": -1}])

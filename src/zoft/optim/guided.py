@@ -50,11 +50,11 @@ class Guided:
 
     `feed_forward` carries the error through the feed-forward parts, exactly, and gives their inner matrices factors
     too; `attention` does so for attention, its pattern held fixed, and the matrices that make its values (where torch's
-    ``scaled_dot_product_attention`` computes it), for which every block runs a second time; with `attention_after`, in
-    the first step, which shows whether blocks can, and then only after so many steps. Without both only the matrices
-    that write into the stream have factors, and the stream counts as the identity. Then the error is the same for all
-    of them, and with `two_pass` it is known before a second pass, in which each factor is taken as its layer is called:
-    nothing is kept per layer. The closure must return a `Loss`.
+    ``scaled_dot_product_attention`` computes it), for which every block runs a second time, so that it counts as two
+    forwards; with `attention_after`, in the first step, which shows whether blocks can, and then only after so many
+    steps. Without both only the matrices that write into the stream have factors, and the stream counts as the
+    identity. Then the error is the same for all of them, and with `two_pass` it is known before a second pass, in which
+    each factor is taken as its layer is called: nothing is kept per layer. The closure must return a `Loss`.
 
     Raises:
         ValueError: `two_pass` with `feed_forward` or `attention`, or `attention_after` without `attention`.
@@ -105,6 +105,7 @@ class Guided:
                 landscape.forward()
         else:
             way.through(stream, error)
+            landscape.forwards += int(through_attention)  # every block ran once more
         estimate.factors = ranks.average(estimate.factors, landscape.losses.numel())
         return loss, []
 
