@@ -12,13 +12,7 @@ from zoft.optim import Guided
 from zoft.optim.attention import Pattern, attended
 from zoft.optim.kept import NotRepeatable
 
-from .guidance import (
-    closure_of,
-    error,
-    estimated,
-    fixed_pattern,
-    gradient,
-)
+from .guidance import closure_of, error, estimated, fixed_pattern, gradient
 from .models import llama, token_batch
 
 

@@ -38,6 +38,8 @@ class Guided(ZeroOrder):
         NotRepeatable: at an estimate with `attention`, if a block, run again, gives something else (dropout).
     """
 
+    estimator: GuidedEstimator
+
     def __init__(
         self,
         model: nn.Module,
@@ -63,9 +65,8 @@ class Guided(ZeroOrder):
             exclude=exclude,
             **options,
         )
-        self._attention_after = attention_after
 
     def estimate(self, closure: Closure) -> Tensor:
-        if self.counters.steps == self._attention_after:
+        if self.counters.steps == self.estimator.attention_after:
             self.updates.clear()
         return super().estimate(closure)
