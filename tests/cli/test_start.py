@@ -1,8 +1,12 @@
 """The command line as a process of its own."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+import pytest
 
 SLOW = {"torch", "transformers", "numpy", "datasets", "matplotlib"}
 SCRIPT = f"""
@@ -14,10 +18,19 @@ try:
 finally:
     print("imported:", *sorted({SLOW} & sys.modules.keys()))
 """
+CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+PRINT_CAPACITY = f"""
+import os
+from zoft.cli import main
+try:
+    main()
+finally:
+    print(os.environ["{CAPACITY}"])
+"""
 
 
-def python(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False)
+def python(*args: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, env=env)
 
 
 def test_help_imports_nothing_slow() -> None:
@@ -33,3 +46,9 @@ def test_mistake(tmp_path: Path) -> None:
     assert found.returncode == 2
     assert found.stdout == ""
     assert found.stderr == "zoft: unknown task 'bolq'; did you mean boolq?\n"
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "64"), ({CAPACITY: "7"}, "7")])
+def test_few_compiled_products_are_kept_unless_the_user_says_how_many(given: dict[str, str], found: str) -> None:
+    others = {name: value for name, value in os.environ.items() if name != CAPACITY}
+    assert python("-c", PRINT_CAPACITY, env=others | given).stdout.split()[-1] == found
