@@ -26,7 +26,7 @@ BACKENDS = ("torchao", "bitsandbytes", "torch.utils._pytree")  # PEFT imports th
 
 # On the CPU, torch's library for half precision compiles a product for every number of tokens that a batch may have, in
 # half a millisecond, and keeps the last 1024, of which a step needs ten: a run would hold 60 MiB more after 200 steps.
-PRODUCTS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+PRODUCTS_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 UNWRITABLE |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
@@ -56,7 +56,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     for name in BACKENDS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.update(PRODUCTS_KEPT | os.environ)  # before torch is there
+    os.environ.setdefault(*PRODUCTS_KEPT)  # before torch is there
     try:
         app()
     except UserError as error:
