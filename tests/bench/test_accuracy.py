@@ -1,14 +1,18 @@
 """`zoft.bench.accuracy`: which runs are made, and what is kept of each. The runs themselves are played."""
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+import yaml
 
 import zoft.bench.accuracy
+import zoft.bench.process
 from zoft.bench.accuracy import Results, seconds_left
 from zoft.bench.cell import claimed
 from zoft.bench.table import facts, sheets
@@ -61,7 +65,7 @@ def test_what_is_kept(runs: Runs, results: Callable[..., Results], tmp_path: Pat
     ]
     assert (record["forwards"], record["best"], record["failed"]) == (600, 0.71, None)
     assert record["command"] == "zoft train --config cell.yaml --out run --data DATA/sst2"
-    assert record["settings"] == runs.settings[-1]
+    assert record["settings"] | {"save_steps": record["settings"]["eval_steps"]} == runs.settings[-1]
     assert [words[-2:] for words in runs.commands] == [["--data", str(tmp_path / "sst2")]] * 2
     assert str(tmp_path) not in json.dumps(record)
 
@@ -115,6 +119,63 @@ def test_interrupted(runs: Runs, results: Callable[..., Results]) -> None:
     runs.ends = lambda settings: (0, "")
     go(found)
     assert len(files(found)) == 5
+
+
+def test_stopped_and_taken_up_again(
+    runs: Runs, results: Callable[..., Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on where it was; its seconds are those of both processes, not those between."""
+    found = results(methods={"agzo": {"lr": 1e-4, "search": False}}, seeds=0)
+    folder = found.out / "sst2/agzo/.lr1e-4-s0"
+
+    def stop(settings: dict[str, Any]) -> tuple[int, str]:
+        (folder / "run").mkdir()
+        (folder / "run/config.yaml").write_text(yaml.safe_dump(settings))
+        raise KeyboardInterrupt
+
+    runs.ends = stop
+    with pytest.raises(KeyboardInterrupt):
+        go(found)
+    os.utime(folder / "cell.yaml", (1000, 1000))  # began then, and was killed 50 s later
+    for path in (folder, folder / "run", folder / "run/config.yaml"):
+        os.utime(path, (1050, 1050))
+    go(found)
+    assert runs.commands[-1] == ["train", "--resume", str(folder / "run")]
+    record = json.loads((found.out / "sst2/agzo/lr1e-4-s0.json").read_text())
+    assert record["command"] == "zoft train --config cell.yaml --out run"
+    assert 50 <= record["elapsed"] < 80 and record["best_dev"] == 0.7
+    assert not folder.exists()
+
+
+def test_a_stopped_run_of_other_settings_begins_anew(runs: Runs, results: Callable[..., Results]) -> None:
+    methods = {"agzo": {"lr": 1e-4, "search": False}}
+    folder = results().out / "sst2/agzo/.lr1e-4-s0"
+    (folder / "run").mkdir(parents=True)
+    (folder / "run/config.yaml").touch()
+    (folder / "cell.yaml").write_text("lr: 0.0001\n")
+    go(results(methods=methods, seeds=0))
+    assert runs.commands[-1][:2] == ["train", "--config"] and not folder.exists()
+
+
+def test_a_stopped_run_that_is_refused_stays(
+    runs: Runs, results: Callable[..., Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = results(methods={"agzo": {"lr": 1e-4, "search": False}}, seeds=0)
+    folder = found.out / "sst2/agzo/.lr1e-4-s0"
+
+    def refuse(settings: dict[str, Any]) -> tuple[int, str]:
+        (folder / "run").mkdir()
+        (folder / "run/config.yaml").touch()
+        return 2, "zoft: the disk is full"
+
+    runs.ends = refuse
+    with pytest.raises(UserError, match=r"s0: the disk is full$"):
+        go(found)
+    refused = CompletedProcess([], 2, "", "zoft: the rows are others")
+    monkeypatch.setattr(zoft.bench.process, "_ended", lambda *_: refused)
+    with pytest.raises(UserError, match=rf"s0: the rows are others. To begin this run anew, remove {folder}"):
+        go(found)
+    assert (folder / "run/config.yaml").is_file()
 
 
 def test_failed_run_counts_as_the_untrained_model(runs: Runs, results: Callable[..., Results]) -> None:

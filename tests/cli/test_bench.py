@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -138,7 +139,7 @@ def test_training_ends_when_its_seconds_are_up(method: str, train: Callable[...,
 def test_clock(
     limit: float | None, interval: float | None, evaluated: list[float], ended: list[float], tmp_path: Path
 ) -> None:
-    log = RunLog(tmp_path / "metrics.jsonl", lambda step: 2 * step)
+    log = RunLog(tmp_path / "metrics.jsonl", lambda step: 2 * step, torch.device("cpu"))
     clock, facts = Clock(log, limit, interval), (TrainingArguments(str(tmp_path)), TrainerState())
     controls = {}
     for log.seconds in (0.2, 0.3, 0.5, 0.7, 0.9, 1.0, 1.1):

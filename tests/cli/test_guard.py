@@ -126,6 +126,23 @@ def test_estimates_that_are_zero_are_said_once(train: Callable[..., Outcome], tm
     assert not lines(tmp_path / "run", "guard")
 
 
+@pytest.mark.parametrize(
+    "eps, lr, remedy",
+    [
+        (1e-30, 1e-3, "in 3 of the last 3 steps. Better start again with a larger --eps, such as 1e-29"),
+        (1e-3, 1e10, "in 2 of the last 3 steps. Better start again with .*, or with a third of .*, --lr 3.3e"),
+    ],
+)
+def test_a_short_run_of_zero_estimates(
+    eps: float, lr: float, remedy: str, train: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """It ends before there are as many steps as are looked at otherwise."""
+    outcome = train("--method", "agzo", "--eps", eps, "--lr", lr, "--eval-steps", 3, steps=3)
+    [(step, warning)] = lines(tmp_path / "run", "warning")
+    assert step == 3 and re.search(remedy, warning)
+    assert outcome.out.count(warning) == 1
+
+
 def test_losses_that_are_never_finite(zoft: Callable[..., Outcome], data: Path, tmp_path: Path) -> None:
     """No learning rate is to blame, and there is no good state to go back to."""
     broken, out = make_model(), tmp_path / "run"

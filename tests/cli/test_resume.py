@@ -66,6 +66,8 @@ def test_bit_for_bit(
     lines = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "eval_accuracy" in line]
     assert steps == [0, 2, 4, 6, 8, 10]
+    peaks = [line["peak_memory_bytes"] for line in lines]
+    assert peaks == sorted(peaks) and other["peak_memory_bytes"] >= peaks[-1] > 2**20
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds) and other["seconds"] >= seconds[-1] - 1e-3
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
@@ -17,7 +18,7 @@ from zoft.train.callbacks import LiveProgress, RunLog
 def test_nothing_is_cut(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoft.train.callbacks, "peak_memory_bytes", lambda device: 3 * 2**29)
     console = Console(file=io.StringIO(), width=width)
-    log = RunLog(tmp_path / "metrics.jsonl", forwards=lambda step: 2 * step)
+    log = RunLog(tmp_path / "metrics.jsonl", lambda step: 2 * step, torch.device("cpu"))
     log.seconds = 1000.0
     progress, state = LiveProgress(console, "exact_match", log), TrainerState(max_steps=10000, global_step=1640)
     moment: Any = (SimpleNamespace(device=None), state, TrainerControl())

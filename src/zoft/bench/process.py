@@ -22,11 +22,24 @@ def run_zoft(
     Raises:
         UserError: it refuses its arguments; the message begins with `name`.
     """
-    command = [sys.executable, "-m", "zoft", *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
+    found = _ended([sys.executable, "-m", "zoft", *arguments], os.environ | (environment or {}))
     if found.returncode < 0:
         return found.stdout, f"ended by signal {-found.returncode}{', for lack of memory?' * (found.returncode == -9)}"
     last = (found.stderr.strip().splitlines() or [f"ended with code {found.returncode}"])[-1]
     if found.returncode == MISTAKE:
         raise UserError(f"{name}: {last.removeprefix('zoft: ')}")
     return found.stdout, last if found.returncode else None
+
+
+def _ended(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """`command` once it has ended; if this process has to end before, so has that one, with time for a checkpoint."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        try:
+            out, err = process.communicate()
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):  # of which the terminal has told it, too
+                process.terminate()
+            process.communicate()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

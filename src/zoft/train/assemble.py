@@ -26,7 +26,7 @@ from zoft.train.checkpoints import last_checkpoint
 from zoft.train.config import COEFFICIENTS, TrainConfig
 from zoft.train.diagnosis import Diagnosis
 from zoft.train.identity import identity, model_digest
-from zoft.train.models import load_model, room
+from zoft.train.models import find_device, load_model, room
 from zoft.train.offload import kept
 from zoft.train.optimizers import AUTO, build
 from zoft.train.processes import one_after_the_first, require_agreed
@@ -117,7 +117,7 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
         zero_order = trainer.zero_order
         return zero_order.counters.forwards if zero_order else step * config.accumulate * FIRST_ORDER_STEP
 
-    log = RunLog(out / "metrics.jsonl", forwards, writes=first)
+    log = RunLog(out / "metrics.jsonl", forwards, find_device(config.device), writes=first)
     progress, stop = LiveProgress(console, task.metric, log), Stop(console)
     steps_log = StepLog(out, optimizer, run) if isinstance(optimizer, ZeroOrder) and first else None
     trainer = TaskTrainer(

@@ -45,24 +45,31 @@ NOISE = ("_runtime", "_per_second", "_preparation_time", "grad_norm", "epoch")  
 
 
 class RunLog(TrainerCallback):
-    """Appends every log line to ``metrics.jsonl``, with the forwards and the seconds of training up to it.
+    """Appends every log line to ``metrics.jsonl``, with the forwards, the seconds and the peak memory up to it.
 
     `seconds` counts training steps only, without evaluations and saving. The forwards are of zeroth-order
     training; a first-order step counts as three (its forward, and a backward of about two). Of several processes one
     `writes`.
     """
 
-    def __init__(self, path: Path, forwards: Any, writes: bool = True) -> None:
-        self.path, self.forwards, self._writes = path, forwards, writes
+    def __init__(self, path: Path, forwards: Any, device: torch.device, writes: bool = True) -> None:
+        self.path, self.forwards, self._device, self._writes = path, forwards, device, writes
         self.seconds = 0.0
         self._started = 0.0
+        self._peak = 0  # of the processes before this one
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory the run has held, in any of its processes."""
+        return max(self._peak, peak_memory_bytes(self._device))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A resumed run goes on from the seconds of its checkpoint; what was logged after it happens again."""
+        """A resumed run goes on from the last line of its checkpoint; what was logged after it happens again."""
         texts = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
         kept = [text for text in texts if _step(text) <= state.global_step]
         if kept:
-            self.seconds = json.loads(kept[-1])["seconds"]
+            last = json.loads(kept[-1])
+            self.seconds, self._peak = last["seconds"], last.get("peak_memory_bytes", 0)  # earlier versions noted none
         if self._writes:
             write_text(self.path, b"".join(kept).decode())
 
@@ -86,7 +93,8 @@ class RunLog(TrainerCallback):
             for name, value in values.items()
             if not name.endswith(NOISE)
         }
-        line = {"step": step, "forwards": self.forwards(step), "seconds": round(self.seconds, 3), **facts}
+        cost = {"seconds": round(self.seconds, 3), "peak_memory_bytes": self.peak_memory_bytes}
+        line = {"step": step, "forwards": self.forwards(step)} | cost | facts
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -198,7 +206,7 @@ class LiveProgress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         speed = state.global_step / self._log.seconds if self._log.seconds else 0.0
         self._progress.update(self._task, completed=state.global_step, speed=speed)
-        self._facts["memory"] = f"peak {peak_memory_bytes(args.device) / 2**30:.1f} GiB"
+        self._facts["memory"] = f"peak {self._log.peak_memory_bytes / 2**30:.1f} GiB"
         self._facts["forwards"] = f"{self._log.forwards(state.global_step)} forwards"
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:

@@ -55,7 +55,12 @@ class History:
     @property
     def mostly_still(self) -> bool:
         """Whether the loss stood still in half of the last 20 steps or more, and not because the model saturates."""
-        return sum(self.still) >= MOST and not (self._may_saturate and all(self.still[-MOST:]))
+        return sum(self.still) >= MOST and not (self.may_saturate and all(self.still[-MOST:]))
+
+    @property
+    def may_saturate(self) -> bool:
+        """Whether a loss that stands still would mean that updates saturated the model, not that it has learned."""
+        return self.moved and self._recent > self._start / 2
 
     def divergence(self) -> tuple[str, int] | None:
         """What it shows in, in words, and over how many of the last steps; None if training does not diverge."""
@@ -66,7 +71,7 @@ class History:
             now = f"{middle:.3g}" if math.isfinite(middle) else "not finite"
             steps = min(len(self.last), RECENT)
             return f"the loss, {start:.3g} at first, is {now} (median of the last {steps} steps)", self._since(MOST)
-        if self._may_saturate and sum(self.still) == RECENT:
+        if self.may_saturate and sum(self.still) == RECENT:
             return f"the loss has come to stand still, for {RECENT} steps now", self._since(RECENT)
         if not self.first:
             return None
@@ -84,11 +89,6 @@ class History:
     @property
     def _recent(self) -> float:
         return statistics.median(self.last[-RECENT:])
-
-    @property
-    def _may_saturate(self) -> bool:
-        """Whether a loss that stands still would mean that updates saturated the model, not that it has learned."""
-        return self.moved and self._recent > self._start / 2
 
     def _since(self, steps: int) -> int:
         """The last `steps`, and those before them in which, but for single ones, the loss was twice the first one."""

@@ -21,7 +21,6 @@ from zoft.train.checkpoints import remove, whole_folder
 from zoft.train.config import TrainConfig
 from zoft.train.files import read_json, write_json
 from zoft.train.guard import INITIAL
-from zoft.train.memory import peak_memory_bytes
 from zoft.train.models import find_device
 from zoft.train.processes import agreed, held, join, wait
 from zoft.train.task_trainer import TaskTrainer
@@ -114,7 +113,7 @@ def _end(run: Run, console: Console, initial: dict[str, Any]) -> dict[str, Any]:
         "best_step": state.best_global_step,
         "initial_dev": start,
         "best_dev": state.best_metric,
-        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
+        "peak_memory_bytes": run.log.peak_memory_bytes,
     }
     if run.first:
         with whole_folder(out / ("adapter" if run.leaves_adapter else "model")) as aside:

@@ -67,12 +67,16 @@ class Watch(TrainerCallback, ExportableState):
         elif self._history.mostly_still:
             self._stands_still(state.global_step)
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """In a run shorter than what is looked at, the steps that there were have to do."""
+        still = self._history.still
+        if 0 < len(still) < RECENT and sum(still) >= len(still) / 2:
+            self._stands_still(state.global_step)
+
     def _diverges(self, step: int, fact: str, steps: int, control: TrainerControl) -> None:
-        scheduler = self._trainer.lr_scheduler
-        assert scheduler is not None
         if self._guard is None:
-            remedy = f"start again with a third of the learning rate, --lr {scheduler.base_lrs[0] / CUT:.2g}"
-            self._warn("divergence", step, f"training diverges: {fact}. Better {remedy}, or with --guard")
+            remedy = f"start again with {self._smaller_rate}, or with --guard"
+            self._warn("divergence", step, f"training diverges: {fact}. Better {remedy}")
         else:
             done = self._guard.back_off(step - steps)
             self._history, self._cuts = History(), self._cuts + 1
@@ -86,9 +90,19 @@ class Watch(TrainerCallback, ExportableState):
     def _stands_still(self, step: int) -> None:
         optimizer = self._trainer.zero_order
         assert optimizer is not None
-        fact = f"the loss did not change under the probes in {sum(self._history.still)} of the last {RECENT} steps"
+        still = self._history.still
+        fact = f"the loss did not change under the probes in {sum(still)} of the last {len(still)} steps"
         remedy = f"start again with a larger --eps, such as {10 * optimizer.param_groups[0]['eps']:.2g}"
-        self._warn("zero", step, f"{fact}. Better {remedy}" + ", or with --dtype float32" * self._is_half)
+        remedy += ", or with --dtype float32" * self._is_half
+        if not still[0] and self._history.may_saturate:
+            remedy += f", or with {self._smaller_rate}"
+        self._warn("zero", step, f"{fact}. Better {remedy}")
+
+    @property
+    def _smaller_rate(self) -> str:
+        scheduler = self._trainer.lr_scheduler
+        assert scheduler is not None
+        return f"a third of the learning rate, --lr {scheduler.base_lrs[0] / CUT:.2g}"
 
     @property
     def _is_half(self) -> bool:
