@@ -72,7 +72,7 @@ def test_summary() -> None:
     """On a machine whose speed halves: the ratio is the rounds' own."""
     plain = Timing([2.0, 4.0, 4.0], [{"forwards": [t / 2] * 2} for t in (2.0, 4.0, 4.0)])
     parts = [{"forwards": [t], "update": [0.5]} for t in (2.0, 2.0, 8.0)]
-    found = summary(plain, Timing([3.0, 3.0, 9.0], parts))
+    found = summary(plain, Timing([3.0, 3.0, 9.0], parts, forwards=1))
     assert found == {
         "seconds_per_step": 3.0,
         "seconds_two_forwards": 4.0,

@@ -38,10 +38,11 @@ Batch = dict[str, Tensor]
 
 
 class Clock:
-    """The seconds of a step's parts, by name, in the order they ran."""
+    """The seconds of a step's parts, by name, in the order they ran, and how many forwards there were in them."""
 
     def __init__(self, device: torch.device) -> None:
         self.parts: dict[str, list[float]] = defaultdict(list)
+        self.more = 0  # forwards of which the clock was not told: blocks that ran again
         self._device = device
 
     @contextmanager
@@ -107,10 +108,12 @@ def _zero_order_step(method: str, optimizer: ZeroOrder, closure: Callable[[], Lo
         with clock(BARE):
             if optimizer.stays_attached:
                 branches.attach()
+        before = optimizer.counters.forwards
         try:
             optimizer.estimate(forward)
         except NoStream as error:
             raise UserError(f"method {method}: {error}") from error
+        clock.more = max(0, optimizer.counters.forwards - before - len(clock.parts[FORWARDS]))
         with clock(UPDATE):
             optimizer.step()
         with clock(BARE):
@@ -147,10 +150,11 @@ def _published_step(optimizer: PublishedMeZO, model: Any, batch: Batch) -> Step:
 
 @dataclass
 class Timing:
-    """Seconds of one row, an entry a round: of the whole, and of its parts."""
+    """Seconds of one row, an entry a round: of the whole, and of its parts; and the `forwards` in a step."""
 
     whole: list[float] = field(default_factory=list)
     parts: list[dict[str, list[float]]] = field(default_factory=list)
+    forwards: int = 0
 
     def breakdown(self) -> dict[str, Any]:
         """Medians of the seconds of each forward in turn, of the backward pass, the update, and the rest."""
@@ -193,6 +197,7 @@ def take_turns(
             if number:
                 found[name].whole.append(sum(clock.parts.pop(WHOLE)) - sum(clock.parts.pop(BARE, [])))
                 found[name].parts.append(clock.parts)
+                found[name].forwards = len(clock.parts[FORWARDS]) + clock.more
     return found
 
 
@@ -204,13 +209,12 @@ def summary(plain: Timing, found: Timing) -> dict[str, Any]:
     """
     ratios = [step / two for step, two in zip(found.whole, plain.whole, strict=True)]
     low, ratio, high = quantiles(ratios, method="inclusive")
-    count = len(found.parts[0][FORWARDS])
     return {
         "seconds_per_step": median(found.whole),
         "seconds_two_forwards": median(plain.whole),
         "ratio": ratio,
         "ratio_quartiles": [low, high],
-        "forwards_per_step": count,
-        "ratio_own_forwards": ratio * 2 / count,
+        "forwards_per_step": found.forwards,
+        "ratio_own_forwards": ratio * 2 / found.forwards,
         "breakdown": found.breakdown(),
     }
