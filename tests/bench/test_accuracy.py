@@ -107,9 +107,12 @@ def test_a_broken_file_is_an_error(runs: Runs, results: Callable[..., Results]) 
         results().all()
 
 
-def test_interrupted(runs: Runs, results: Callable[..., Results]) -> None:
+@pytest.mark.parametrize("code", [None, 130, 143])  # of the suite's process, or of the run's alone
+def test_interrupted(code: int | None, runs: Runs, results: Callable[..., Results]) -> None:
     def stop(settings: dict[str, Any]) -> tuple[int, str]:
-        raise KeyboardInterrupt
+        if code is None:
+            raise KeyboardInterrupt
+        return code, "zoft: interrupted; continue with ..."
 
     runs.ends, found = stop, results()
     with pytest.raises(KeyboardInterrupt):

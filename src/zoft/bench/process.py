@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from zoft.errors import UserError
 
 MISTAKE = 2  # the exit code for what the user has to mend
+STOPPED = {128 + number for number in (signal.SIGINT, signal.SIGTERM)}  # those of a run that was told to stop
 
 
 def run_zoft(
@@ -21,8 +23,11 @@ def run_zoft(
 
     Raises:
         UserError: it refuses its arguments; the message begins with `name`.
+        KeyboardInterrupt: it was told to stop.
     """
     found = _ended([sys.executable, "-m", "zoft", *arguments], os.environ | (environment or {}))
+    if found.returncode in STOPPED:
+        raise KeyboardInterrupt
     if found.returncode < 0:
         return found.stdout, f"ended by signal {-found.returncode}{', for lack of memory?' * (found.returncode == -9)}"
     last = (found.stderr.strip().splitlines() or [f"ended with code {found.returncode}"])[-1]
