@@ -66,7 +66,7 @@ def arguments(model: Path, data: Path) -> tuple[object, ...]:
 
 def lines(out: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    unlike = ("seconds", "loss")  # which is the mean since the run was resumed
+    unlike = ("seconds", "peak_memory_bytes", "loss")  # which is the mean since the run was resumed
     return [{name: value for name, value in line.items() if name not in unlike} for line in found]
 
 
