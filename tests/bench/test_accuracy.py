@@ -124,9 +124,7 @@ def test_interrupted(code: int | None, runs: Runs, results: Callable[..., Result
     assert len(files(found)) == 5
 
 
-def test_stopped_and_taken_up_again(
-    runs: Runs, results: Callable[..., Results], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_and_taken_up_again(runs: Runs, results: Callable[..., Results]) -> None:
     """The run goes on where it was; its seconds are those of both processes, not those between."""
     found = results(methods={"agzo": {"lr": 1e-4, "search": False}}, seeds=0)
     folder = found.out / "sst2/agzo/.lr1e-4-s0"
