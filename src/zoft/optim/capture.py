@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from zoft.optim.layers import LinearMap, input_of
 from zoft.optim.placement import unrounded
+from zoft.optim.shelf import Shelf
 
 T = TypeVar("T")
 
@@ -202,7 +203,7 @@ def captured(
         ValueError: copies cannot be told apart in a map's input, or a map is called twice on them.
     """
     bases: dict[str, Basis] = {}
-    tokens, last = Tokens(), OfLastInput[Basis]()
+    tokens, last, shelf = Tokens(), OfLastInput[Basis](), Shelf()
 
     def rows(layer: LinearMap, x: Tensor) -> Tensor:
         if copies > 1:
@@ -214,13 +215,17 @@ def captured(
         read = tokens.read(x) if read_only else None
         return tokens.rows(x) if read is None else read
 
+    def extracted(layer: LinearMap, x: Tensor) -> Basis:
+        vectors, sigma = extract(layer, rows(layer, x).to(layer.device))
+        return Basis(shelf.put(vectors), shelf.put(sigma))
+
     def hook(layer: LinearMap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = input_of(args, kwargs)
             if x.numel():  # an expert may be called with no token at all
                 # A hook of the module's own may move x to its device only after this.
                 with unrounded(layer.device):
-                    basis = last.get(x, lambda: extract(layer, rows(layer, x).to(layer.device)))
+                    basis = last.get(x, lambda: extracted(layer, x))
                 seen = bases.get(layer.name)
                 if seen is not None and copies > 1:
                     raise ValueError(f"layer {layer.name!r} is called twice, with one basis each: run the probes apart")

@@ -17,6 +17,7 @@ from zoft.optim.landscape import Landscape, uncompiled
 from zoft.optim.layers import input_of
 from zoft.optim.placement import autocast_dtype, device_of, unrounded
 from zoft.optim.recording import close, first_tensor
+from zoft.optim.shelf import Shelf
 from zoft.optim.stream import Block, Writer
 
 FEW = 64  # rows: with fewer, a map's weight takes longer to read than to compute with, and its output little room
@@ -36,6 +37,7 @@ class Kept:
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of norms, feed-forward parts and attention
     patterns: dict[str, tuple[Pattern, Tensor]] = field(default_factory=dict)  # of attention, by its values' map name,
     # and x A for that map, of all tokens [batch, tokens, r]
+    shelf: Shelf = field(default_factory=Shelf)
 
     def take(self, writer: Writer, error: Tensor, estimate: Estimate) -> Tensor:
         """Add the factor of `writer`, by the `error` at the stream; return the error at the writer's output."""
@@ -76,16 +78,16 @@ def keeping(
             y = tokens.read(output) if inner and x is not None else None
             basis = branches.basis(name)
             if x is not None and basis is not None:
-                kept.coordinates[name] = coordinates(x, basis)
+                kept.coordinates[name] = kept.shelf.put(coordinates(x, basis))
             if y is not None:
-                kept.outputs[name] = y
+                kept.outputs[name] = kept.shelf.put(y)
 
         return see
 
     def see_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = tokens.read(input_of(args, kwargs))
         if x is not None:
-            kept.inputs[module] = x
+            kept.inputs[module] = kept.shelf.put(x)
 
     def see_values(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

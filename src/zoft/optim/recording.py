@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zoft.optim.attention import Attended, Pattern, attended
 from zoft.optim.capture import Tokens
+from zoft.optim.shelf import Shelf
 
 ROWS = 8  # of tokens that the loss reads
 
@@ -39,14 +40,15 @@ def recorded(model: nn.Module) -> Iterator[tuple[list[Call], list[Heads]]]:
     """The calls of all modules, in the order they end, and of attention: the last rows of what went in and out."""
     calls: list[Call] = []
     heads: list[Heads] = []
-    tokens = Tokens(ROWS)
+    tokens, shelf = Tokens(ROWS), Shelf()
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             x = tokens.read(first_tensor((*args, *kwargs.values())))
             y = tokens.read(first_tensor(output))
             if y is not None and (x is not None or not name):
-                calls.append(Call(name, module, y[:0] if x is None else x.to(y.device), y))
+                x = y[:0] if x is None else x.to(y.device)
+                calls.append(Call(name, module, shelf.put(x), shelf.put(y)))
 
         return see
 
@@ -58,7 +60,7 @@ def recorded(model: nn.Module) -> Iterator[tuple[list[Call], list[Heads]]]:
         value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)
         value, output = (pattern.rows(x[:, :, -pattern.query.shape[2] :]) for x in (value, call.output))
         if close(average[:, 0], output[:, 0]):  # else something else was done to the weights
-            heads.append(Heads(value.flatten(1), output.flatten(1)))
+            heads.append(Heads(shelf.put(value.flatten(1)), shelf.put(output.flatten(1))))
 
     with ExitStack() as handles:
         handles.callback(model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
