@@ -1,5 +1,7 @@
 """Small tensors that stay lie together, and not in the holes that large ones leave."""
 
+import io
+
 import pytest
 import torch
 
@@ -53,6 +55,15 @@ def test_bases_lie_together(method: type[AGZO] | type[Guided]) -> None:
     optimizer.estimate(lambda: cross_entropy(model(batch["input_ids"]).logits, batch["labels"]))
     assert len(optimizer.bases) > 4
     assert {basis.untyped_storage().nbytes() for basis in optimizer.bases.values()} == {SLAB}
+
+
+def test_a_checkpoint_has_no_shelf_in_it() -> None:
+    """Once it had all of the slab, with what the memory held before."""
+    model, batch, file = llama(), token_batch(), io.BytesIO()
+    optimizer = AGZO(model)
+    optimizer.estimate(lambda: cross_entropy(model(batch["input_ids"]).logits, batch["labels"]))
+    torch.save(optimizer.state_dict(), file)
+    assert optimizer.bases and len(file.getvalue()) < SLAB / 8
 
 
 @pytest.mark.parametrize("attention", [False, True])

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 def pack(optimizer: ZeroOrder) -> dict[str, Any]:
-    """The state of `optimizer`; tensors are not copied."""
+    """The state of `optimizer`; only bases are copied, off the shelf, which would be saved whole with them."""
+    bases = {id(basis): basis.clone() for basis in optimizer.bases.values()}  # layers share some
     return {
         "made_for": _made_for(optimizer),
         "state": {
-            "bases": optimizer.bases,
+            "bases": {name: bases[id(basis)] for name, basis in optimizer.bases.items()},
             "coefficients": optimizer.coefficients,
             "updates": optimizer.updates,
         },
