@@ -74,6 +74,37 @@ def test_texts_are_evaluated_in_parts(
     assert whole["examples"] == 9 and one_by_one["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_batches_go_through_attention_in_parts(
+    labelled: bool,
+    zoft: Callable[..., Outcome],
+    model: Path,
+    write: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What blocks are called with would take much memory; the steps are the same."""
+    file = write(tmp_path / "my.jsonl", [{"text": f"after {i} comes {i + 1}", "label": i % 2} for i in range(30)])
+    task = ("--template", "{text} or", "--words", "0=never at all,1=no") if labelled else ()  # words of several tokens
+    guided = ("--method", "guided", "--lr", "1e-3", "-o", "attention=true", "--dtype", "float32", "--json")
+    settings = ("--data", file, *task, *FEW, *guided)
+    whole = zoft("train", model, *settings, "--out", tmp_path / "whole").json()
+    for name, value in {"LEAST": 1, "WIDE": 0.25, "SHARE": 1 << 30}.items():
+        monkeypatch.setattr(f"zoft.optim.guided.{name}", value)
+    parts = zoft("train", model, *settings, "--out", tmp_path / "parts").json()
+    assert (whole["forwards"], parts["forwards"]) == (4, 5)  # one more for the bases
+    found = [
+        {
+            name: value
+            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()[-3:-1]
+            for name, value in json.loads(line).items()
+            if name.endswith("loss")
+        }
+        for run in ("whole", "parts")
+    ]
+    assert found[0].keys() == {"loss", "eval_loss"} and found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 

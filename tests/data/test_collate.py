@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zoft.data import Collator, Item
+from zoft.data import Collator, Item, divide
 
 PAD = 0
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=9)
@@ -82,6 +82,24 @@ def test_eval_has_every_candidate(items: list[Item]) -> None:
     assert batch["targets"].tolist() == [item.gold for item in items]
     if items[0].kind == "choice":
         assert batch["norms"].tolist() == [len(candidate) for item in items for candidate in item.candidates]
+
+
+@given(batches(), st.sampled_from(["train", "eval"]), st.integers(1, 9))
+def test_parts_of_a_batch_have_its_examples_in_turn(items: list[Item], mode: str, number: int) -> None:
+    """As few as make `number`, of as many examples each, every one a batch of its own."""
+    batch = Collator(PAD, mode)(items)
+    parts = divide(batch, number)
+    each = len(items) // len(parts)
+    assert each * len(parts) == len(items)
+    for name in batch.keys() - {"label_words"}:
+        assert torch.equal(torch.cat([part[name] for part in parts]), batch[name])
+    for i, part in enumerate(parts):
+        alone = Collator(PAD, mode)(items[i * each : (i + 1) * each])
+        assert part.keys() == alone.keys()
+        assert {name: part[name].shape[:1] for name in part} == {name: alone[name].shape[:1] for name in part}
+        assert part["index"].tolist() == alone["index"].tolist()
+    assert len(parts) >= number or each == 1
+    assert not any(len(items) % n == 0 for n in range(number, len(parts)))
 
 
 @given(batches())

@@ -1,14 +1,18 @@
 """Guided through attention: to all tokens, each block run again, from the start or after so many steps."""
 
+from __future__ import annotations
+
 import weakref
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from zoft.optim import Guided
+from zoft.optim import EstimateWarning, Guided, Loss
 from zoft.optim.attention import Pattern, attended
 from zoft.optim.kept import NotRepeatable
 
@@ -68,6 +72,70 @@ def test_attention_weights_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch
     parts = estimated(optimizer, closure)
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name])
+
+
+@dataclass
+class InParts:
+    """A closure of one loss per example, with its batch in parts of so many examples."""
+
+    model: nn.Module
+    batch: dict[str, Tensor]
+    each: int
+    tokens: int = 0
+    asked: list[int] = field(default_factory=list)
+
+    def __call__(self) -> Loss:
+        return closure_of(self.model, self.batch)()
+
+    def divide(self, number: int) -> list[InParts]:
+        self.asked.append(number)
+        parts = zip(*(tensor.split(self.each) for tensor in self.batch.values()), strict=True)
+        return [InParts(self.model, dict(zip(self.batch, part, strict=True)), self.each) for part in parts]
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_a_batch_that_goes_through_attention_in_parts_gives_the_same_estimate(each: int) -> None:
+    """And counts as one; the first step takes one pass more, for the bases of the whole batch."""
+    model, batch = llama(), {name: tensor.flip(1) for name, tensor in token_batch(4).items()}  # padded on the left
+    batch["labels"][:, :-3] = -100  # as many to learn from in each: the mean over the tokens is one over examples
+    whole, closure = Guided(model, rank=8, attention=True), InParts(model, batch, each)
+    expected = estimated(whole, closure_of(model, batch))
+    parts = Guided(model, rank=8, attention=True)
+    for step, forwards in enumerate((3, 5)):
+        loss, found = parts.estimate(closure), parts.take_estimate()
+        assert found is not None and found.factors.keys() == whole.coefficients.keys()
+        for name, factor in found.factors.items():
+            torch.testing.assert_close(factor @ parts.bases[name].t(), expected[name])
+        torch.testing.assert_close(loss, closure().values.detach())
+        assert parts.counters.forwards == forwards, step
+
+
+def test_a_batch_goes_through_attention_in_parts_where_it_would_hold_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a 64th of the weights; in an eighth as many as blocks, but each of 512 tokens or more."""
+    model = llama(num_hidden_layers=17)
+    weights, token_bytes = sum(p.nbytes for p in model.parameters()), 4 * model.config.hidden_size
+    tokens = weights // (64 * 17 * token_bytes)
+    optimizer, batch, asked = Guided(model, rank=8, attention=True), token_batch(4), []
+    for number in (500, 1023, 1024, 9000):
+        estimated(optimizer, InParts(model, batch, 4, number, asked))
+    monkeypatch.setattr("zoft.optim.guided.LEAST", 1)
+    for number in (tokens, tokens + 1):
+        estimated(optimizer, InParts(model, batch, 4, number, asked))
+    assert asked == [1, 1, 2, 3, 1, 3]
+
+
+def test_a_part_whose_loss_is_not_finite_leaves_no_estimate() -> None:
+    model, batch = llama(), token_batch(4)
+    closure, optimizer = InParts(model, batch, 1), Guided(model, rank=8, attention=True)
+    estimated(optimizer, closure)
+    token, others = batch["input_ids"][3, 0], batch["input_ids"][:3]
+    others[others == token] = 0  # so that it is in the last part alone
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = torch.nan
+    with pytest.warns(EstimateWarning, match="not finite"):
+        optimizer.estimate(closure)
+    estimate = optimizer.take_estimate()
+    assert optimizer.counters.skipped == 1 and estimate is not None and estimate.count == 0
 
 
 def test_attention_that_is_computed_otherwise_is_not_gone_through() -> None:

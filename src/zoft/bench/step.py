@@ -25,7 +25,7 @@ from zoft.data import losses, read_logits
 from zoft.errors import UserError
 from zoft.optim import Loss, NoStream, ZeroOrder
 from zoft.options import parse_options
-from zoft.train.batches import task_closures
+from zoft.train.batches import BatchLoss, task_closures
 from zoft.train.config import TrainConfig
 from zoft.train.optimizers import build
 
@@ -42,7 +42,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.parts: dict[str, list[float]] = defaultdict(list)
-        self.more = 0  # forwards of which the clock was not told: blocks that ran again
+        self.more = 0  # forwards of which the clock was not told, blocks that ran again; below 0 for parts of one
         self._device = device
 
     @contextmanager
@@ -96,24 +96,24 @@ def training_step(method: str, model: Any, batch: Batch, settings: Mapping[str, 
     return _first_order_step(optimizer, closure, torch.autocast(model.device.type, torch.bfloat16, config.autocast))
 
 
-def _zero_order_step(method: str, optimizer: ZeroOrder, closure: Callable[[], Loss]) -> Step:
+def _zero_order_step(method: str, optimizer: ZeroOrder, closure: BatchLoss) -> Step:
     branches = optimizer.branches
     branches.detach()
 
     def step(clock: Clock) -> None:
-        def forward() -> Loss:
+        def forward(part: Batch) -> Loss:
             with clock(FORWARDS):
-                return closure()
+                return closure.loss(part)
 
         with clock(BARE):
             if optimizer.stays_attached:
                 branches.attach()
         before = optimizer.counters.forwards
         try:
-            optimizer.estimate(forward)
+            optimizer.estimate(BatchLoss(forward, closure.batch))
         except NoStream as error:
             raise UserError(f"method {method}: {error}") from error
-        clock.more = max(0, optimizer.counters.forwards - before - len(clock.parts[FORWARDS]))
+        clock.more = optimizer.counters.forwards - before - len(clock.parts[FORWARDS])
         with clock(UPDATE):
             optimizer.step()
         with clock(BARE):

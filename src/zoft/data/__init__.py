@@ -2,7 +2,7 @@
 
 from .beginning import Begun, begin
 from .candidates import read_candidates
-from .collate import IGNORE, Collator
+from .collate import IGNORE, Collator, divide
 from .custom import custom_task, parse_words
 from .dataset import TaskDataset
 from .encode import Encoder, Item
@@ -27,6 +27,7 @@ __all__ = [
     "begin",
     "choose",
     "custom_task",
+    "divide",
     "examples",
     "first_row",
     "form_of",

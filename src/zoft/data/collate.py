@@ -11,6 +11,9 @@ from .encode import Item
 IGNORE = -100
 """Label of a position without a target, as transformers has it."""
 
+WORDS = "label_words"
+SEQUENCES = {"input_ids", "attention_mask", "position_ids", "labels", "norms"}  # what else a batch has is of examples
+
 
 class Collator:
     """Makes a batch of B examples: N sequences, padded on the left to T tokens.
@@ -66,6 +69,18 @@ class Collator:
             "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
         }
+
+
+def divide(batch: dict[str, Tensor], number: int) -> list[dict[str, Tensor]]:
+    """At least `number` parts of `batch`, and no more than it takes, with as many examples each; or each example."""
+    sequences, counts = len(batch["input_ids"]), batch.get("counts")
+    examples = sequences if counts is None else len(counts)
+    number = next((n for n in range(number, examples) if examples % n == 0), examples)
+    each = [examples // number] * number
+    rows = each if counts is None else [int(part.sum()) for part in counts.split(each)]
+    cut = {name: tensor.split(rows if name in SEQUENCES else each) for name, tensor in batch.items() if name != WORDS}
+    same = {WORDS: batch[WORDS]} if WORDS in batch else {}
+    return [same | {name: parts[i] for name, parts in cut.items()} for i in range(number)]
 
 
 def _labels(item: Item, answer: list[int]) -> list[int]:

@@ -27,6 +27,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 
 import torch
@@ -35,12 +36,15 @@ from torch import Tensor, nn
 from zoft.optim.capture import Tokens
 from zoft.optim.estimator import Estimate
 from zoft.optim.kept import BlockCall, Kept, called, coordinates, keeping
-from zoft.optim.landscape import Landscape
+from zoft.optim.landscape import Divisible, Landscape
 from zoft.optim.layers import LinearMap
 from zoft.optim.stream import Attention, Block, Stream, Writer, find_stream
 from zoft.optim.transpose import FeedForward, Norm, transposed_product
 
 JOINED = 1 << 23  # numbers of an error at the logits that are multiplied by the head's weight at a time
+SHARE = 64  # one such part of the weights' memory may what all blocks are called with take
+WIDE = 8  # widths of the stream at a token: so much, about, holds the pass of a block at once
+LEAST = 512  # tokens in a part of a batch: with fewer, each takes longer
 ROWS = 128  # that go back through a feed-forward part at a time: what lies between its maps stays in a cache
 
 
@@ -52,9 +56,13 @@ class Guided:
     too; `attention` does so for attention, its pattern held fixed, and the matrices that make its values (where torch's
     ``scaled_dot_product_attention`` computes it), for which every block runs a second time, so that it counts as two
     forwards; with `attention_after`, in the first step, which shows whether blocks can, and then only after so many
-    steps. Without both only the matrices that write into the stream have factors, and the stream counts as the
-    identity. Then the error is the same for all of them, and with `two_pass` it is known before a second pass, in which
-    each factor is taken as its layer is called: nothing is kept per layer. The closure must return a `Loss`.
+    steps. What all blocks were called with is held meanwhile: if that is more than a 64th of the weights' memory, a
+    `Divisible` closure's batch goes through in parts, if it is long enough that each holds about as much as the pass of
+    one block does of the whole batch (due bases, those of the whole batch, then take one pass more).
+
+    Without both only the matrices that write into the stream have factors, and the stream counts as the identity. Then
+    the error is the same for all of them, and with `two_pass` it is known before a second pass, in which each factor is
+    taken as its layer is called: nothing is kept per layer. The closure must return a `Loss`.
 
     Raises:
         ValueError: `two_pass` with `feed_forward` or `attention`, or `attention_after` without `attention`.
@@ -83,10 +91,40 @@ class Guided:
             if ranks.any(found is None):
                 return math.nan, [math.nan]
             self._stream = found
-        stream = self._stream
+        stream, closure = self._stream, landscape.closure
         assert stream is not None
         landscape.reached = stream.reached(self.feed_forward, self.attention)
-        kept = Kept(Tokens(everywhere=through_attention))
+        if through_attention and ranks.count == 1 and isinstance(closure, Divisible):
+            return self._in_parts(landscape, closure, estimate, stream)
+        return self._carried(landscape, estimate, stream, through_attention)
+
+    def _in_parts(
+        self, landscape: Landscape, whole: Divisible, estimate: Estimate, stream: Stream
+    ) -> tuple[float, list[float]]:
+        """The estimate through attention, from as many parts of the batch as memory asks for."""
+        blocks, weights = len(stream.blocks), sum(parameter.nbytes for parameter in landscape.model.parameters())
+        little = SHARE * whole.tokens * blocks * stream.token_bytes <= weights
+        number = 1 if little else min(math.ceil(blocks / WIDE), whole.tokens // LEAST)
+        parts = whole.divide(max(1, number))
+        if len(parts) > 1 and landscape.needs_clean and not math.isfinite(loss := landscape.clean()):  # bases of it all
+            return loss, [loss]
+        before, losses = landscape.forwards, []
+        for part in parts:
+            landscape.closure = part
+            loss, gradients = self._carried(landscape, estimate, stream, through_attention=True)
+            if gradients:  # not finite
+                return loss, gradients
+            losses.append(loss)
+        landscape.forwards = before + (landscape.forwards - before) // len(parts)
+        for factor in estimate.factors.values():
+            factor /= len(parts)
+        return mean(losses), []
+
+    def _carried(
+        self, landscape: Landscape, estimate: Estimate, stream: Stream, through_attention: bool
+    ) -> tuple[float, list[float]]:
+        """The estimate from one forward pass, through attention two."""
+        ranks, kept = landscape.ranks, Kept(Tokens(everywhere=through_attention))
         writers = [] if self.two_pass or through_attention else stream.writers
         with (
             keeping(landscape, kept, writers, {stream.norm.module}, feed_forward=self.feed_forward),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,20 @@ from zoft.optim.ranks import Ranks
 Closure = Callable[[], Tensor | Loss | float]
 Point = tuple[Direction | None, float]  # how far along a direction
 CENTRE: Point = (None, 0.0)
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A closure whose batch can be taken in parts."""
+
+    def __call__(self) -> Tensor | Loss | float: ...
+
+    @property
+    def tokens(self) -> int:
+        """Of the batch, padding included."""
+
+    def divide(self, number: int) -> Sequence[Closure]:
+        """Closures of at least so many parts with as many examples each, or of one example each."""
 
 
 @dataclass

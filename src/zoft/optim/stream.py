@@ -69,12 +69,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Stream:
-    """The stream runs through `blocks` and ends in ``logits = scale * head(norm(h_end))``."""
+    """The stream runs through `blocks` and ends in ``logits = scale * head(norm(h_end))``.
+
+    `token_bytes` is its size at a token.
+    """
 
     head: LinearMap
     scale: float
     norm: Norm
     blocks: list[Block]
+    token_bytes: int
 
     @property
     def writers(self) -> list[Writer]:
@@ -125,7 +129,7 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
         stream = block.x
     if not any(block.writers for block in blocks):
         raise NoStream(f"no block of {type(model).__name__} adds the output of a linear map to its input")
-    return Stream(maps[head.name], scale, norm, blocks)
+    return Stream(maps[head.name], scale, norm, blocks, stream.shape[1] * stream.element_size())
 
 
 def _writers(block: Call, inside: list[Call], maps: dict[str, LinearMap], heads: list[Heads]) -> list[Writer]:

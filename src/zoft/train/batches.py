@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoft.data import IGNORE, Collator, Encoder, Row, Task, TaskDataset, losses, read_logits, slope
+from zoft.data import IGNORE, Collator, Encoder, Row, Task, TaskDataset, divide, losses, read_logits, slope
 from zoft.errors import UserError
 from zoft.optim import Loss
 from zoft.optim.placement import device_of
@@ -55,7 +56,27 @@ def random_batch(model: Any, size: int, length: int, seed: int = 0, texts: bool 
     return {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
 
 
-def task_closures(model: Any, batches: list[dict[str, Tensor]]) -> list[Callable[[], Loss]]:
+@dataclass(frozen=True)
+class BatchLoss:
+    """A closure: the `loss` of a task's `batch`, and of parts of it (`zoft.optim.landscape.Divisible`)."""
+
+    loss: Callable[[dict[str, Tensor]], Any]
+    batch: dict[str, Tensor]
+
+    def __call__(self) -> Any:
+        return self.loss(self.batch)
+
+    @property
+    def tokens(self) -> int:
+        """Of the batch, padding included."""
+        return self.batch["input_ids"].numel()
+
+    def divide(self, number: int) -> list[BatchLoss]:
+        """Those of parts of the batch, as `zoft.data.divide` cuts it."""
+        return [BatchLoss(self.loss, part) for part in divide(self.batch, number)]
+
+
+def task_closures(model: Any, batches: list[dict[str, Tensor]]) -> list[BatchLoss]:
     """The mean loss of each batch by `model`, and its slope."""
     head = find_head(model)
 
@@ -63,4 +84,4 @@ def task_closures(model: Any, batches: list[dict[str, Tensor]]) -> list[Callable
         logits = read_logits(model, batch, head)
         return Loss(losses(logits, batch).mean(), partial(slope, logits, batch))
 
-    return [partial(loss, batch) for batch in batches]
+    return [BatchLoss(loss, batch) for batch in batches]

@@ -40,6 +40,7 @@ from zoft.data import (
     slope,
 )
 from zoft.optim import Loss
+from zoft.train.batches import BatchLoss
 from zoft.train.checkpoints import remove, seal, whole_folder
 from zoft.train.config import LOSS
 from zoft.train.head import find_head
@@ -160,6 +161,9 @@ class TaskTrainer(ZOTrainer):
         loss: Any = losses(logits, inputs)
         loss = loss.mean() if self.zero_order is None else Loss(loss, partial(slope, logits, inputs), examples(inputs))
         return (loss, logits) if return_outputs else loss
+
+    def closure(self, model: nn.Module, inputs: dict[str, Tensor]) -> BatchLoss:
+        return BatchLoss(partial(self._loss, model), inputs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None

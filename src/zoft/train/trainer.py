@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from zoft.optim import ZeroOrder
+from zoft.optim.landscape import Closure
 from zoft.train.adapter import save_adapter
 
 OPTIMIZER_STATE = "optimizer.pt"  # transformers' file name in a checkpoint
@@ -88,14 +89,16 @@ class ZOTrainer(Trainer):
             return loss
         model.eval()  # layers with kernels for inference alone have no other mode
         model.training = True  # of the root alone: trainers ask it whether this is training
-        inputs = self._prepare_inputs(inputs)
-
-        def closure() -> Any:
-            with self.compute_loss_context_manager():
-                return self.compute_loss(model, dict(inputs))  # which may take labels out
-
-        self.batch_loss = optimizer.estimate(closure)
+        self.batch_loss = optimizer.estimate(self.closure(model, self._prepare_inputs(inputs)))
         return self.batch_loss.to(self.args.device) / self.current_gradient_accumulation_steps
+
+    def closure(self, model: nn.Module, inputs: dict[str, Any]) -> Closure:
+        """What gives the loss of this batch, as often as an estimate asks for it."""
+        return partial(self._loss, model, inputs)
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, dict(inputs))  # which may take labels out
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         optimizer = self.zero_order
