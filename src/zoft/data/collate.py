@@ -11,8 +11,8 @@ from .encode import Item
 IGNORE = -100
 """Label of a position without a target, as transformers has it."""
 
-WORDS = "label_words"
-SEQUENCES = {"input_ids", "attention_mask", "position_ids", "labels", "norms"}  # what else a batch has is of examples
+COMMON = {"label_words"}  # of all examples of a batch
+SEQUENCES = {"input_ids", "attention_mask", "position_ids", "labels", "norms"}  # what else it has is of examples
 
 
 class Collator:
@@ -78,8 +78,8 @@ def divide(batch: dict[str, Tensor], number: int) -> list[dict[str, Tensor]]:
     number = next((n for n in range(number, examples) if examples % n == 0), examples)
     each = [examples // number] * number
     rows = each if counts is None else [int(part.sum()) for part in counts.split(each)]
-    cut = {name: tensor.split(rows if name in SEQUENCES else each) for name, tensor in batch.items() if name != WORDS}
-    same = {WORDS: batch[WORDS]} if WORDS in batch else {}
+    same = {name: batch[name] for name in COMMON & batch.keys()}
+    cut = {name: batch[name].split(rows if name in SEQUENCES else each) for name in batch.keys() - COMMON}
     return [same | {name: parts[i] for name, parts in cut.items()} for i in range(number)]
 
 
