@@ -36,6 +36,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     "flags",
     [
         ("--method", "agzo", "--lr", "1e-3"),
+        ("--method", "agzo", "--lr", "1e-3", "--dtype", "bfloat16", "--compute-dtype", "float32"),
         ("--method", "zo-act", "--schedule", "linear"),
         ("--method", "guided"),
         ("--method", "lozo-m", "--accumulate", "2", "--lr", "1e-4"),

@@ -23,8 +23,9 @@ from typing import Any
 
 from zoft.bench.process import run_zoft
 from zoft.bench.step import Clock, forwards, training_step, with_options
+from zoft.train.arithmetic import settle_arithmetic
 from zoft.train.batches import random_batch
-from zoft.train.config import TrainConfig
+from zoft.train.config import ComputeDtype, TrainConfig
 from zoft.train.memory import peak_memory_bytes, reset_peak_memory
 from zoft.train.models import load_model
 from zoft.train.optimizers import FIRST_ORDER
@@ -49,6 +50,7 @@ class Point:
     length: int
     batch_size: int = 1
     dtype: str = "auto"
+    compute_dtype: ComputeDtype = "auto"
     device: str | None = None
     texts: bool = False
 
@@ -61,6 +63,7 @@ class Point:
         first_order = name in FIRST_ORDER
         dtype = TrainConfig(**settings, method=name).weights_dtype if first_order else self.dtype
         model: Any = load_model(self.model, dtype=dtype, device=self.device)[0]
+        settings["compute_dtype"] = settle_arithmetic(model, self.compute_dtype)
         batch = random_batch(model, self.batch_size, self.length, texts=self.texts)
         clock = Clock(model.device)
         forwards(model, random_batch(model, 1, 1), 1)(clock)
@@ -110,6 +113,7 @@ def compare(
     lengths: Sequence[int],
     batch_size: int = 1,
     dtype: str = "auto",
+    compute_dtype: ComputeDtype = "auto",
     device: str | None = None,
     progress: Callable[[str], None] = lambda message: None,
     texts: bool = False,
@@ -124,7 +128,7 @@ def compare(
         plain: Record = {}
         for row in (INFERENCE, *rows):
             progress(f"{row} at length {length}")
-            found = Point(model, row, length, batch_size, dtype, device, texts).measure_apart()
+            found = Point(model, row, length, batch_size, dtype, compute_dtype, device, texts).measure_apart()
             plain = plain or found
             found["ratio"] = _ratio(found, plain, "peak_memory_bytes")
             found["ratio_above_baseline"] = _ratio(found, plain, "above_baseline_bytes")

@@ -37,6 +37,10 @@ Metric = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="The run folder. Default: a new one in runs/.")]
 Dtype = Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16, or int8, nf4.")]
+ComputeDtype = Annotated[
+    str | None,
+    typer.Option(help="What half-precision weights multiply in: weights (as they are), float32, or auto: the quicker."),
+]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0. Default: the accelerator, if there is one.")]
 Memory = Annotated[
     str | None,

@@ -40,6 +40,7 @@ def doctor(
     words: common.Words = None,
     label: common.Label = None,
     dtype: common.Dtype = None,
+    compute_dtype: common.ComputeDtype = None,
     device: common.Device = None,
     memory: common.Memory = None,
     as_json: common.Json = False,
@@ -54,6 +55,7 @@ def doctor(
     from zoft.data import load_rows, sample
     from zoft.report.plots import save_errors
     from zoft.train import TrainConfig, load_model, task_batches, task_closures
+    from zoft.train.arithmetic import settle_arithmetic
     from zoft.train.diagnosis import diagnose
     from zoft.train.memory import peak_memory_bytes
     from zoft.train.optimizers import zero_order_of
@@ -72,6 +74,7 @@ def doctor(
         words=words,
         label=label,
         dtype=dtype,
+        compute_dtype=compute_dtype,
         device=device,
         memory=memory,
     )
@@ -80,6 +83,7 @@ def doctor(
     if len(rows) < 2 * batch_size:
         raise UserError(f"two batches of {batch_size} need {2 * batch_size} rows; there are {len(rows)}")
     network, tokenizer = load_model(model, **config.loading)
+    settle_arithmetic(network, config.compute_dtype)
     closures = task_closures(network, task_batches(network, tokenizer, description, rows, batch_size))
     start = time.perf_counter()
     with console.status(f"probing {directions} directions"):

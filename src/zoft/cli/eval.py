@@ -25,6 +25,7 @@ def evaluate(
     label: common.Label = None,
     metric: common.Metric = None,
     dtype: common.Dtype = None,
+    compute_dtype: common.ComputeDtype = None,
     device: common.Device = None,
     memory: common.Memory = None,
     as_json: common.Json = False,
@@ -57,6 +58,7 @@ def evaluate(
         label=label,
         metric=metric,
         dtype=dtype,
+        compute_dtype=compute_dtype,
         device=device,
         memory=memory,
     )

@@ -60,6 +60,7 @@ def train(
     label: common.Label = None,
     metric: common.Metric = None,
     dtype: common.Dtype = None,
+    compute_dtype: common.ComputeDtype = None,
     device: common.Device = None,
     memory: common.Memory = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags go over it.")] = None,
@@ -102,6 +103,7 @@ def train(
         "label": label,
         "metric": metric,
         "dtype": dtype,
+        "compute_dtype": compute_dtype,
         "device": device,
         "memory": memory,
     }

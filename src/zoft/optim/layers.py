@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zoft.optim.experts import find_experts
 from zoft.optim.placement import device_of, is_sharded, loaded_parameter
+from zoft.optim.products import WideLinear
 
 CONTAINERS = (nn.ParameterDict, nn.ParameterList)
 
@@ -56,6 +57,11 @@ class LinearMap:
     def module(self) -> nn.Module:
         """The first of those that hold the weight."""
         return (*self.modules, *self.lookups)[0]
+
+    @property
+    def wide(self) -> bool:
+        """Whether its products are in float32, though its weight is of half precision."""
+        return isinstance(self.module, WideLinear)
 
     def dense_weight(self) -> Tensor | None:
         """W [d_out, d_in] as a plain tensor, loaded or made anew from a quantized one; None if it cannot be read."""

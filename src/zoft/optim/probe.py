@@ -21,6 +21,7 @@ from zoft.optim.capture import Basis, OfLastInput, Tokens
 from zoft.optim.layers import LinearMap, input_of, owners_of
 from zoft.optim.noise import Key, normal_chunks, normals
 from zoft.optim.pending import Sum
+from zoft.optim.products import WideLinear
 
 LARGE = 1 << 17  # elements of an activation: below, products in half precision take longer to set up than to compute
 
@@ -126,7 +127,7 @@ class SideBranches:
     def _hook(self, name: str, module: nn.Module) -> Callable[..., Tensor | None]:
         add = self._lookup if isinstance(module, nn.Embedding) else self._linear
         # Others may return a tensor that they keep, or a view, which is not to be changed in place.
-        fresh = isinstance(module, nn.Embedding) or type(module).forward is nn.Linear.forward
+        fresh = isinstance(module, nn.Embedding) or type(module).forward in (nn.Linear.forward, WideLinear.forward)
 
         def branch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             factor, basis, pending = self.factors.get(name), self.basis(name), self.pending.get(name)
@@ -151,12 +152,13 @@ class SideBranches:
         return y + (rows @ basis.t()).to(y.dtype).view(y.shape)
 
     def _linear(self, name: str, x: Tensor, factor: Tensor, basis: Tensor, y: Tensor) -> Tensor:
-        projected = self.project(x.to(y.device), basis).to(y.dtype)
+        dtype = torch.float32 if self.named[name].wide else y.dtype
+        projected = self.project(x.to(y.device), basis, dtype).to(dtype)
         if factor.dim() == 3 and self._by_parts(name, projected):
             each, parts = projected.reshape(len(factor), -1, projected.shape[-1]), y.view(len(factor), -1, y.shape[-1])
-            left = factor.transpose(1, 2).to(y.dtype)
+            left = factor.transpose(1, 2).to(dtype)
             return _add_product(parts, each, left).view(y.shape)
-        return _add_product(y, projected, self._one(factor).t().to(y.dtype))
+        return _add_product(y, projected, self._one(factor).t().to(dtype))
 
     def _by_parts(self, name: str, x: Tensor) -> bool:
         """Whether the rows of `x` lie example by example."""
@@ -170,18 +172,20 @@ class SideBranches:
     def _one(self, factor: Tensor) -> Tensor:
         return factor if factor.dim() == 2 else factor[0]
 
-    def project(self, x: Tensor, basis: Tensor) -> Tensor:
-        """``x A``, computed once for layers that share both."""
+    def project(self, x: Tensor, basis: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``x A``, in `dtype` or more precisely, computed once for layers that share both."""
         known = self._projected.get(x, dict)
         if id(basis) not in known:
-            small = x.numel() < LARGE
-            dtype = torch.promote_types(x.dtype, torch.float32) if small else x.dtype
-            known[id(basis)] = basis, x.to(dtype) @ basis.to(dtype)  # while the basis is held, its number is its own
+            least = torch.float32 if x.numel() < LARGE else dtype or x.dtype
+            exact = torch.promote_types(x.dtype, least)
+            known[id(basis)] = basis, x.to(exact) @ basis.to(exact)  # while the basis is held, its number is its own
         return known[id(basis)][1]
 
 
 def _add_product(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     """``y + x factor``, in place; [..., n, r] times [r, d] or as many of them as x has leading ones."""
+    if x.dtype != y.dtype:
+        return y.add_(x @ factor)
     if factor.shape[-2] == 1 and y.numel() < LARGE:
         return y.addcmul_(x, factor)
     if factor.dim() == 3:

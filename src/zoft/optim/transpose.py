@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoft.optim.layers import LinearMap
+from zoft.optim.products import wide_transposed
 
 # Rows: for half precision the CPU's library compiles a product for each number of them, and keeps hundreds of these,
 # a fifth of a megabyte each. Batches of texts have a different number each.
@@ -101,9 +102,11 @@ Transposed = Callable[[LinearMap, Tensor], Tensor]
 
 
 def transposed_product(layer: LinearMap, error: Tensor) -> Tensor:
-    """``error W`` [n, d_in], float32, for `error` float32 [n, d_out]; computed in the weight's dtype."""
+    """``error W`` [n, d_in], float32, for `error` float32 [n, d_out]; computed in what the layer computes in."""
     weight = layer.dense_weight()
     assert weight is not None
+    if layer.wide:
+        return wide_transposed(error, weight)
     if weight.dtype != torch.float16:
         return _product(error.to(weight.dtype), weight)
     largest = torch.linalg.vector_norm(error, math.inf).clamp(min=torch.finfo(torch.float32).tiny)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from zoft.optim.landscape import Closure
 from zoft.optim.ranks import Ranks
 from zoft.train.adapter import Factors, start_from, take_apart
 from zoft.train.arguments import training_arguments
+from zoft.train.arithmetic import settle_arithmetic
 from zoft.train.auto import BATCHES, settle
 from zoft.train.batches import task_batches, task_closures
 from zoft.train.callbacks import Clock, LiveProgress, RunLog, StepLog
@@ -90,6 +91,7 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
         model, tokenizer = load_model(config.model, **config.loading, trainable=True)
     if config.memory is not None:
         console.print(f"{kept(model)} of the weights stay in place, the rest is loaded as it is needed")
+    config = replace(config, compute_dtype=settle_arithmetic(model, config.compute_dtype))
     digest = model_digest(model)
     adapter: Factors = {}
     if config.method in (AUTO, *COEFFICIENTS) and isinstance(model, PeftModel):

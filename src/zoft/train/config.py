@@ -18,6 +18,7 @@ from zoft.train.offload import memory_size
 from zoft.train.optimizers import AUTO, FIRST_ORDER, method_options, require_method, usual_schedule
 from zoft.train.values import as_type, near_miss
 
+ComputeDtype = Literal["auto", "weights", "float32"]  # `zoft.train.arithmetic`
 LOSS = "loss"
 COEFFICIENTS = ("guided", "zo-act")  # methods that train them, beside frozen weights
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")
@@ -57,6 +58,7 @@ class TrainConfig:
     accumulate: int = 1
     seed: int = 0
     dtype: str = "auto"
+    compute_dtype: ComputeDtype = "auto"
     device: str | None = None
     memory: str | None = None
     max_length: int | None = None
@@ -106,7 +108,8 @@ class TrainConfig:
     @property
     def autocast(self) -> bool:
         """Whether to compute in bfloat16 with float32 weights, as is usual for first-order methods."""
-        return self.first_order and self.dtype in ("auto", "bfloat16", *QUANTIZED)
+        half = self.dtype in ("auto", "bfloat16", *QUANTIZED) and self.compute_dtype != "float32"
+        return self.first_order and half
 
     def load_task(self) -> Task:
         """The task named by `task`, or the one that `template`, `words` and `label` describe."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from zoft.data import Encoder, TaskDataset, load_rows, sample
 from zoft.train.arguments import training_arguments
+from zoft.train.arithmetic import settle_arithmetic
 from zoft.train.config import TrainConfig
 from zoft.train.memory import peak_memory_bytes
 from zoft.train.models import load_model, room
@@ -24,6 +25,7 @@ def evaluate(config: TrainConfig, shots: int = 0) -> dict[str, Any]:
     rows = load_rows(task, config.data, "validation")
     rows = sample(rows, config.eval_examples or len(rows), 0)
     model, tokenizer = load_model(config.model, **config.loading)
+    settle_arithmetic(model, config.compute_dtype)
     dataset = TaskDataset(rows, Encoder(tokenizer, task, room(model, task, config.max_length), shown))
     with tempfile.TemporaryDirectory() as folder:
         trainer = TaskTrainer(model, tokenizer, task, training_arguments(config, task, folder), eval_dataset=dataset)

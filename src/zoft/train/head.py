@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim.placement import device_of, is_hooked, is_sharded
+from zoft.optim.products import WideLinear
 
 
 def find_head(model: Any) -> nn.Linear | None:
@@ -16,7 +17,7 @@ def find_head(model: Any) -> nn.Linear | None:
     Nor is a head told of whose weight is not in place between forwards, or whose output looks like its input.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.in_features == head.out_features:
+    if type(head) not in (nn.Linear, WideLinear) or head.in_features == head.out_features:
         return None
     if is_sharded(head.weight) or is_hooked(model):
         return None

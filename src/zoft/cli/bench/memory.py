@@ -32,6 +32,7 @@ def memory(
     texts: Texts = False,
     plot: Annotated[Path | None, typer.Option(help="Save a plot here (.png, .svg or .pdf).")] = None,
     dtype: common.Dtype = None,
+    compute_dtype: common.ComputeDtype = None,
     device: common.Device = None,
     as_json: common.Json = False,
 ) -> None:
@@ -44,14 +45,18 @@ def memory(
     if not sizes:
         raise UserError("--lengths names no length")
     from zoft.bench.memory import compare, with_checkpointing
+    from zoft.train.config import ComputeDtype
+    from zoft.train.values import as_type
 
+    arithmetic = as_type("compute_dtype", compute_dtype or "auto", ComputeDtype)
     rows, console = with_checkpointing(parse_methods(methods)), common.console(quiet=as_json)
     with console.status("") as status:
-        records = compare(model, rows, sizes, batch_size, dtype or "auto", device, status.update, texts)
+        records = compare(model, rows, sizes, batch_size, dtype or "auto", arithmetic, device, status.update, texts)
     if plot is not None:
         _plot(plot, records)
     if as_json:
         asked = {"model": model, "batch_size": batch_size, "texts": texts, "dtype": dtype or "auto"}
+        asked |= {"compute_dtype": arithmetic}
         common.print_json(asked | {"points": records})
         return
     console.print(_table(records))

@@ -37,6 +37,7 @@ def step(
     repeats: Annotated[int, typer.Option(min=2, help="Rounds over which medians are taken.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the batch.")] = 0,
     dtype: common.Dtype = None,
+    compute_dtype: common.ComputeDtype = None,
     device: common.Device = None,
     as_json: common.Json = False,
 ) -> None:
@@ -55,24 +56,30 @@ def step(
     from zoft.bench.memory import compare
     from zoft.bench.step import time_steps, with_options
     from zoft.train import load_model
+    from zoft.train.arithmetic import settle_arithmetic
+    from zoft.train.config import ComputeDtype
+    from zoft.train.values import as_type
 
     names = parse_methods(",".join(method or ["agzo"]))
+    arithmetic = as_type("compute_dtype", compute_dtype or "auto", ComputeDtype)
     if "lora" in (with_options(name)[0] for name in names):
         raise UserError("lora changes the model that all methods share here; zoft bench memory has it")
     console = common.console(quiet=as_json)
     network, tokenizer = load_model(model, dtype=dtype or "auto", device=device)
+    computed = settle_arithmetic(network, arithmetic)
     batch = _batch(network, tokenizer, task, data, batch_size, length or LENGTH, seed, texts)
     facts = {"model": model, "task": task, "batch_size": batch_size, "length": batch["input_ids"].shape[1]}
     facts |= {"texts": texts}
-    facts |= {"repeats": repeats, "dtype": str(network.dtype).removeprefix("torch."), "device": str(network.device)}
-    facts |= {"threads": torch.get_num_threads()}
+    facts |= {"repeats": repeats, "dtype": str(network.dtype).removeprefix("torch."), "compute_dtype": computed}
+    facts |= {"device": str(network.device), "threads": torch.get_num_threads()}
     with console.status("") as status:
         found = time_steps(names, network, batch, repeats, status.update)
         del network, batch  # room for the processes that measure memory
         gc.collect()
         if torch.accelerator.is_available():
             torch.get_device_module().empty_cache()
-        records = compare(model, names, [facts["length"]], batch_size, dtype or "auto", device, status.update, texts)
+        precision = dtype or "auto", computed
+        records = compare(model, names, [facts["length"]], batch_size, *precision, device, status.update, texts)
     plain, *others = [record.get("peak_memory_bytes") for record in records]  # None where a process failed
     for name, peak in zip(names, others, strict=True):
         found[name] |= {"peak_memory_bytes": peak, "inference_peak_memory_bytes": plain}
