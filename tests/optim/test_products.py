@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoft.optim import AGZO, Guided, MeZO, ZeroOrder, ZOAct, cross_entropy, products
 from zoft.optim.layers import as_linear_map
 from zoft.optim.probe import SideBranches
-from zoft.optim.products import WideLinear, float32_is_quicker, wide_transposed, widen
+from zoft.optim.products import FEW, WideLinear, float32_is_quicker, wide_transposed, widen
 from zoft.optim.transpose import transposed_product
 
 from .models import llama, snapshot, token_batch
@@ -102,7 +102,7 @@ def test_a_quantized_weight_is_made_half_precision_first() -> None:
         def dequantize(self) -> Tensor:
             return self.as_subclass(Tensor) * 2
 
-    layer, x = layer_of(torch.bfloat16), torch.randn(4, 24, dtype=torch.bfloat16)
+    layer, x = layer_of(torch.bfloat16), torch.randn(FEW, 24, dtype=torch.bfloat16)
     exact = F.linear(x.float(), 2 * layer.weight.detach().float(), layer.bias.detach().float())
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed), requires_grad=False)
     with torch.no_grad():
@@ -117,9 +117,10 @@ def test_offloaded_layers_are_widened_too() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("tokens", [5, 1], ids=["many rows", "few"])
 @pytest.mark.parametrize("shape", [(17, 1), (17, 3), (4, 17, 3)], ids=["rank 1", "rank 3", "per example"])
-def test_side_branches_are_added_in_float32(shape: tuple[int, ...]) -> None:
-    layer, x = wide(layer_of(torch.bfloat16)), torch.randn(4, 5, 24, dtype=torch.bfloat16)
+def test_side_branches_are_added_in_float32(shape: tuple[int, ...], tokens: int) -> None:
+    layer, x = wide(layer_of(torch.bfloat16)), torch.randn(4, tokens, 24, dtype=torch.bfloat16)
     linear = as_linear_map("layer", layer)
     assert linear is not None
     branches = SideBranches([linear])

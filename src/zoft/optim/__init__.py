@@ -6,6 +6,7 @@ from zoft.optim.layers import LinearMap, NoLinearLayers
 from zoft.optim.loss import Loss, cross_entropy
 from zoft.optim.methods import AGZO, AIMZO, LOZO, METHODS, Guided, MeZO, ZOAct
 from zoft.optim.optimizer import EstimateWarning, ZeroOrder
+from zoft.optim.products import float32_is_quicker, widen
 from zoft.optim.stream import NoStream
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank
 from zoft.optim.trace import Trace, obstacle, replay
@@ -36,6 +37,8 @@ __all__ = [
     "ZOAct",
     "ZeroOrder",
     "cross_entropy",
+    "float32_is_quicker",
     "obstacle",
     "replay",
+    "widen",
 ]

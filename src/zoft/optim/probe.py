@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from zoft.optim.capture import Basis, OfLastInput, Tokens
 from zoft.optim.layers import LinearMap, input_of, owners_of
 from zoft.optim.noise import Key, normal_chunks, normals
 from zoft.optim.pending import Sum
-from zoft.optim.products import WideLinear
+from zoft.optim.products import Term, WideLinear
 
 LARGE = 1 << 17  # elements of an activation: below, products in half precision take longer to set up than to compute
 
@@ -72,8 +73,9 @@ class SideBranches:
     """Adds ``(x A) F^T`` to the output of every map that has a basis A [d_in, r] and a factor F [d_out, r].
 
     Set `factors` (float32, by map name) and run the model inside ``with branches.attached():``, or `attach` them
-    for good. The branch is computed in the output's dtype. `active` are the maps that the latest bases are for; while
-    bases are being renewed, `fresh` holds those seen so far. What is `pending` of a map's weight is added as well.
+    for good. The branch is computed in the output's dtype, or by the layer itself (`zoft.optim.products.WideLinear`).
+    `active` are the maps that the latest bases are for; while bases are being renewed, `fresh` holds those seen so far.
+    What is `pending` of a map's weight is added as well.
 
     A factor [n, d_out, r] acts on the n parts of the batch by themselves: its examples, or with `copies` the copies of
     a batch in it. Where a map's rows do not lie example by example (routed tokens), its first example's factor acts on
@@ -93,25 +95,31 @@ class SideBranches:
         self.copies = 1
         self.shared: set[str] = set()
         self.tokens = Tokens()
-        self._handles: list[Any] = []
+        self._removals: list[Callable[[], None]] = []
         self._projected = OfLastInput[dict[int, tuple[Tensor, Tensor]]]()
 
     def attach(self) -> None:
         """Hook the branches into the model; does nothing if they are attached already."""
-        if not self._handles:
+        if not self._removals:
             for layer in self.maps:
                 for module in (*layer.modules, *layer.lookups):
-                    self._handles.append(module.register_forward_hook(self._hook(layer.name, module), with_kwargs=True))
+                    if isinstance(module, WideLinear):
+                        branch = partial(self._terms, layer.name)
+                        module.branches.append(branch)
+                        self._removals.append(partial(module.branches.remove, branch))
+                    else:
+                        hook = self._hook(layer.name, module)
+                        self._removals.append(module.register_forward_hook(hook, with_kwargs=True).remove)
 
     def detach(self) -> None:
         """Take the branches out of the model."""
-        while self._handles:
-            self._handles.pop().remove()
+        while self._removals:
+            self._removals.pop()()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach for the duration of the block, and leave it as it was found."""
-        already = bool(self._handles)
+        already = bool(self._removals)
         self.attach()
         try:
             yield
@@ -127,13 +135,10 @@ class SideBranches:
     def _hook(self, name: str, module: nn.Module) -> Callable[..., Tensor | None]:
         add = self._lookup if isinstance(module, nn.Embedding) else self._linear
         # Others may return a tensor that they keep, or a view, which is not to be changed in place.
-        fresh = isinstance(module, nn.Embedding) or type(module).forward in (nn.Linear.forward, WideLinear.forward)
+        fresh = isinstance(module, nn.Embedding) or type(module).forward is nn.Linear.forward
 
         def branch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-            factor, basis, pending = self.factors.get(name), self.basis(name), self.pending.get(name)
-            terms = [] if pending is None else [(pending.left, pending.right)]
-            if factor is not None and basis is not None:
-                terms.append((factor, basis))
+            terms = self._factors_of(name)
             if terms and (y.requires_grad or not fresh):  # a backward pass of someone else may read y
                 y = y.clone(memory_format=torch.contiguous_format)
             for left, right in terms:
@@ -141,6 +146,12 @@ class SideBranches:
             return y if terms else None
 
         return branch
+
+    def _factors_of(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Left and right factors of what is to be added to map `name` now."""
+        factor, basis, pending = self.factors.get(name), self.basis(name), self.pending.get(name)
+        found = [] if pending is None else [(pending.left, pending.right)]
+        return found if factor is None or basis is None else [*found, (factor, basis)]
 
     def _lookup(self, name: str, index: Tensor, factor: Tensor, basis: Tensor, y: Tensor) -> Tensor:
         index = index.to(y.device)
@@ -152,13 +163,20 @@ class SideBranches:
         return y + (rows @ basis.t()).to(y.dtype).view(y.shape)
 
     def _linear(self, name: str, x: Tensor, factor: Tensor, basis: Tensor, y: Tensor) -> Tensor:
-        dtype = torch.float32 if self.named[name].wide else y.dtype
-        projected = self.project(x.to(y.device), basis, dtype).to(dtype)
+        projected, left = self._term(name, x.to(y.device), factor, basis, y.dtype)
+        if left.dim() == 3:
+            return _add_product(y.view(len(left), -1, y.shape[-1]), projected, left.mT.to(y.dtype)).view(y.shape)
+        return _add_product(y, projected, left.t().to(y.dtype))
+
+    def _terms(self, name: str, x: Tensor) -> list[Term]:
+        """What is to be added to the output of map `name` for its input `x`."""
+        return [self._term(name, x, *factors, torch.float32) for factors in self._factors_of(name)]
+
+    def _term(self, name: str, x: Tensor, factor: Tensor, basis: Tensor, dtype: torch.dtype) -> Term:
+        projected = self.project(x, basis, dtype).to(dtype)
         if factor.dim() == 3 and self._by_parts(name, projected):
-            each, parts = projected.reshape(len(factor), -1, projected.shape[-1]), y.view(len(factor), -1, y.shape[-1])
-            left = factor.transpose(1, 2).to(dtype)
-            return _add_product(parts, each, left).view(y.shape)
-        return _add_product(y, projected, self._one(factor).t().to(dtype))
+            return projected.reshape(len(factor), -1, projected.shape[-1]), factor
+        return projected, self._one(factor)
 
     def _by_parts(self, name: str, x: Tensor) -> bool:
         """Whether the rows of `x` lie example by example."""
@@ -184,8 +202,6 @@ class SideBranches:
 
 def _add_product(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     """``y + x factor``, in place; [..., n, r] times [r, d] or as many of them as x has leading ones."""
-    if x.dtype != y.dtype:
-        return y.add_(x @ factor)
     if factor.shape[-2] == 1 and y.numel() < LARGE:
         return y.addcmul_(x, factor)
     if factor.dim() == 3:
