@@ -17,7 +17,7 @@ def test_a_pretrained_model_trains_on_the_bundled_sample(
 ) -> None:
     """SmolLM2: losses stay those of a sane model, the summary is whole, the saved model evaluates the same.
 
-    PEFT adds an adapter's part with other roundings than training does, and a generated word may turn on one.
+    PEFT adds an adapter's part with other roundings than training does, and the answer to a row may turn on one.
     """
     out, sample = tmp_path / "run", Path(__file__).parents[1] / "src/zoft/demo/squad"
     common = ["--task", "squad", "--data", str(sample), "--eval-examples", "8", "--json"]
@@ -41,7 +41,7 @@ def test_a_pretrained_model_trains_on_the_bundled_sample(
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses and all(math.isfinite(loss) and loss < 6 for loss in losses)
     again = zoft("eval", str(out), *[flag if flag != "--eval-examples" else "--examples" for flag in common])
-    assert again["f1"] == pytest.approx(summary["best"], abs=0.05 if (out / "adapter").is_dir() else 0)
+    assert again["f1"] == pytest.approx(summary["best"], abs=1 / 8 if (out / "adapter").is_dir() else 0)
 
 
 def zoft(*arguments: str) -> dict:
