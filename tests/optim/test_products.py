@@ -117,9 +117,13 @@ def test_offloaded_layers_are_widened_too() -> None:
     assert torch.equal(found, expected)
 
 
+@TOGETHER
 @pytest.mark.parametrize("tokens", [5, 1], ids=["many rows", "few"])
 @pytest.mark.parametrize("shape", [(17, 1), (17, 3), (4, 17, 3)], ids=["rank 1", "rank 3", "per example"])
-def test_side_branches_are_added_in_float32(shape: tuple[int, ...], tokens: int) -> None:
+def test_side_branches_are_added_in_float32(
+    shape: tuple[int, ...], tokens: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "TOGETHER", together)
     layer, x = wide(layer_of(torch.bfloat16)), torch.randn(4, tokens, 24, dtype=torch.bfloat16)
     linear = as_linear_map("layer", layer)
     assert linear is not None
