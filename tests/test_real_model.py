@@ -17,7 +17,8 @@ def test_a_pretrained_model_trains_on_the_bundled_sample(
 ) -> None:
     """SmolLM2: losses stay those of a sane model, the summary is whole, the saved model evaluates the same.
 
-    PEFT adds an adapter's part with other roundings than training does, and the answer to a row may turn on one.
+    The adapter's run is in float32: PEFT adds its part with other roundings than training does, and in half precision
+    the answer to a row may turn on one.
     """
     out, sample = tmp_path / "run", Path(__file__).parents[1] / "src/zoft/demo/squad"
     common = ["--task", "squad", "--data", str(sample), "--eval-examples", "8", "--json"]
@@ -34,6 +35,8 @@ def test_a_pretrained_model_trains_on_the_bundled_sample(
         "12",
         "--dev-examples",
         "8",
+        "--dtype",
+        "float32" if method == "auto" else "bfloat16",
     ]
     summary = zoft("train", "demo", *common, *flags, "--out", str(out))
     assert (summary["method"], summary["forwards"], summary["skipped"], summary["zero"]) == (settled, forwards, 0, 0)
@@ -41,7 +44,7 @@ def test_a_pretrained_model_trains_on_the_bundled_sample(
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses and all(math.isfinite(loss) and loss < 6 for loss in losses)
     again = zoft("eval", str(out), *[flag if flag != "--eval-examples" else "--examples" for flag in common])
-    assert again["f1"] == pytest.approx(summary["best"], abs=1 / 8 if (out / "adapter").is_dir() else 0)
+    assert again["f1"] == pytest.approx(summary["best"], abs=0.01 if (out / "adapter").is_dir() else 0)
 
 
 def zoft(*arguments: str) -> dict:

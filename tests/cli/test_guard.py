@@ -71,6 +71,9 @@ def test_guard(method: str, lr: float, schedule: str, train: Callable[..., Outco
     assert summary["best_dev"] >= lines(out, "eval_accuracy")[0][1]
     losses = [loss for _, loss in lines(out, "loss")]
     assert max(losses) > 1_000 and max(losses[-10:]) < 2
+    if method == "fo-adamw":
+        start, *_, kept = (loss for _, loss in lines(out, "validation_loss"))
+        assert kept < start
     assert not (out / "initial").exists()
 
 

@@ -103,13 +103,15 @@ class SideBranches:
         if not self._removals:
             for layer in self.maps:
                 for module in (*layer.modules, *layer.lookups):
-                    if isinstance(module, WideLinear):
-                        branch = partial(self._terms, layer.name)
-                        module.branches.append(branch)
-                        self._removals.append(partial(module.branches.remove, branch))
-                    else:
-                        hook = self._hook(layer.name, module)
-                        self._removals.append(module.register_forward_hook(hook, with_kwargs=True).remove)
+                    self._removals.append(self._put(layer.name, module))
+
+    def _put(self, name: str, module: nn.Module) -> Callable[[], None]:
+        """Put the branch of map `name` into `module`; return what takes it out."""
+        if not isinstance(module, WideLinear):
+            return module.register_forward_hook(self._hook(name, module), with_kwargs=True).remove
+        branch = partial(self._terms, name)
+        module.branches.append(branch)
+        return partial(module.branches.remove, branch)
 
     def detach(self) -> None:
         """Take the branches out of the model."""

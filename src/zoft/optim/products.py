@@ -92,7 +92,7 @@ def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, terms: S
 def wide_transposed(error: Tensor, weight: Tensor) -> Tensor:
     """``e W``, float32 [..., d_in], for `error` [..., d_out] and `weight` [d_out, d_in]."""
     parts = (error[..., rows].float() @ weight[rows].float() for rows in _parts(weight))
-    return functools.reduce(torch.Tensor.add_, parts)
+    return functools.reduce(Tensor.add_, parts)
 
 
 def _parts(weight: Tensor) -> Iterator[slice]:
