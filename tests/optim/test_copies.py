@@ -75,6 +75,23 @@ def test_what_is_not_a_language_model() -> None:
     assert not torch.equal(weights[0], mlp(torch.float64)[0].weight)
 
 
+def test_a_rank_that_grows_from_batch_to_batch() -> None:
+    """Few tokens have a basis of few directions: what is drawn for it does not fit the next one, found on the way."""
+    batches = token_batch(batch=1, length=4), token_batch(batch=2, length=10)
+    weights, ranks = [[m.weight.clone() for m in AGZO(llama().double(), lr=1e-3).maps]], []
+    for batching in (False, True):
+        model = llama().double()
+        optimizer = AGZO(model, lr=1e-3, rank=6, probe_batching=batching)
+        for batch in batches:
+            optimizer.step(partial(token_losses, model, batch))
+            ranks.append({basis.shape[1] for basis in optimizer.bases.values()})
+        weights.append([m.weight for m in optimizer.maps])
+    assert ranks == [{3}, {6}] * 2
+    for before, expected, found in zip(*weights, strict=True):
+        assert not torch.equal(expected, before)
+        assert torch.allclose(found - before, expected - before, rtol=1e-2, atol=1e-6)
+
+
 class Twice(nn.Module):
     """Calls one layer twice."""
 

@@ -49,7 +49,8 @@ def leading_basis(
     if power_steps is None:
         _, sigma, vectors = torch.linalg.svd(rows.float(), full_matrices=False)
         return Basis(vectors[:rank].t().contiguous(), sigma[:rank])
-    product = _sum(part.t() @ omega[start : start + len(part), :rank] for start, part in _float_parts(rows))
+    parts = zip(rows.split(ROWS), omega[:, :rank].split(ROWS), strict=True)
+    product = _sum(part.float().t() @ noise for part, noise in parts)
     q, triangle = torch.linalg.qr(total(product))
     for _ in range(power_steps):
         q, triangle = torch.linalg.qr(total(covariance_product(rows, q)))
@@ -59,11 +60,7 @@ def leading_basis(
 
 def covariance_product(rows: Tensor, vectors: Tensor) -> Tensor:
     """``H H^T V`` in float32, for ``H = rows^T`` and V = `vectors` [d_in, r]."""
-    return _sum(part.t() @ (part @ vectors) for _, part in _float_parts(rows))
-
-
-def _float_parts(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    return ((start, rows[start : start + ROWS].float()) for start in range(0, len(rows), ROWS))
+    return _sum(part.t() @ (part @ vectors) for part in map(Tensor.float, rows.split(ROWS)))
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -216,16 +213,16 @@ def captured(
         return tokens.rows(x) if read is None else read
 
     def extracted(layer: LinearMap, x: Tensor) -> Basis:
-        vectors, sigma = extract(layer, rows(layer, x).to(layer.device))
-        return Basis(shelf.put(vectors), shelf.put(sigma))
+        device = layer.device  # a hook of the module's own may move x there only after this
+        with unrounded(device):
+            vectors, sigma = extract(layer, rows(layer, x).to(device))
+        return Basis(shelf.put(vectors), sigma)
 
     def hook(layer: LinearMap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = input_of(args, kwargs)
             if x.numel():  # an expert may be called with no token at all
-                # A hook of the module's own may move x to its device only after this.
-                with unrounded(layer.device):
-                    basis = last.get(x, lambda: extracted(layer, x))
+                basis = last.get(x, lambda: extracted(layer, x))
                 seen = bases.get(layer.name)
                 if seen is not None and copies > 1:
                     raise ValueError(f"layer {layer.name!r} is called twice, with one basis each: run the probes apart")

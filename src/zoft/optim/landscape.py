@@ -123,8 +123,8 @@ class Landscape:
         (direction, distance), copies, capture = points[0], len(points), None
         fresh: dict[str, Basis] = {}
         used: set[str] = set()
-        for moved, _ in points if self.capture is None else ():
-            if moved is not None:
+        for moved, _ in points:
+            if moved is not None:  # if the bases are renewed in this pass, theirs most likely have the same rank
                 moved.draw(self.branches.active, self.branches.bases)
         with ExitStack() as stack:
             if direction is None and self.capture is not None:

@@ -44,14 +44,18 @@ class Direction:
     def left(self, layer: LinearMap, basis: Tensor) -> Tensor:
         """R of `layer`, float32 [d_out, r] or [examples, d_out, r], for its `basis` [d_in, r]."""
         if layer.name not in self.factors:
-            self.draw([layer], {layer.name: basis})
+            drawn = self._drawn.get(layer.name)
+            if drawn is None or drawn.shape != self._shape(layer, basis):  # drawn for the basis before this one
+                self._draw([layer], {layer.name: basis})
             self.factors[layer.name] = self._drawn[layer.name]
         return self.factors[layer.name]
 
     def draw(self, layers: Sequence[LinearMap], bases: dict[str, Tensor]) -> None:
         """Draw R of all these layers for their `bases`, together: what `left` would draw one by one, in less time."""
-        missing = [layer for layer in layers if layer.name not in self._drawn]
-        by_device = groupby(missing, lambda layer: bases[layer.name].device)
+        self._draw([layer for layer in layers if layer.name not in self._drawn], bases)
+
+    def _draw(self, layers: Sequence[LinearMap], bases: dict[str, Tensor]) -> None:
+        by_device = groupby(layers, lambda layer: bases[layer.name].device)
         for device, some in ((device, list(some)) for device, some in by_device):
             keys = [(*self.key, layer.name) for layer in some]
             shapes = [self._shape(layer, bases[layer.name]) for layer in some]

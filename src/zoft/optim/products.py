@@ -21,8 +21,8 @@ from zoft.optim.placement import autocast_dtype
 HALVES = (torch.bfloat16, torch.float16)
 TOGETHER = 1 << 20  # numbers of a weight, an input or an output that are in float32 at a time: they stay in a cache
 FEW = 8  # rows of an input: with fewer, it is reading a weight that takes time, and converting it takes more
-CLEARLY = 0.8  # of the time, at most: what is only a little quicker is not worth other roundings
-ROUNDS = 6  # of timing, of which the quickest counts
+CLEARLY = 0.9  # of the time, at most: what is only a little quicker is not worth other roundings
+ROUNDS = 10  # of timing, in turns; the quickest counts
 
 # P [..., r] and F [d_out, r], or [n, T, r] and [n, d_out, r] for n parts of the rows: P F^T is added to an output.
 Term = tuple[Tensor, Tensor]
@@ -104,7 +104,8 @@ def _parts(weight: Tensor) -> Iterator[slice]:
 def float32_is_quicker(dtype: torch.dtype) -> bool:
     """Whether the CPU clearly takes less time for `wide_product` than for the same product in `dtype`."""
     x, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    own, wide = (min(_seconds(way, x, weight) for _ in range(ROUNDS)) for way in (F.linear, wide_product))
+    rounds = [[_seconds(way, x, weight) for way in (F.linear, wide_product)] for _ in range(ROUNDS)]
+    own, wide = map(min, zip(*rounds, strict=True))
     return wide < CLEARLY * own
 
 
