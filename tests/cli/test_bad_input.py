@@ -39,6 +39,10 @@ def assert_refused(outcome: Outcome, message: str, out: Path | None = None) -> N
         (["--method", "agzo", "-o", "rank=1.5"], "rank must be of type int, not 1.5"),
         (["--method", "agzo", "-o", "two_sided=maybe"], "two_sided must be of type bool"),
         (["--method", "agzo", "-o", "others=both"], "others must be one of frozen, gaussian"),
+        (
+            ["--method", "agzo", "-o", "probe_batching=x"],
+            "probe_batching must be true or false or one of auto",
+        ),
         (["--method", "agzo", "-o", "include=no.such.*"], "no trainable linear layer"),
         (["--method", "lora", "-o", "rank=0"], "method lora"),
         (["--method", "fo-sgd", "-o", "momentum=-1"], "method fo-sgd"),

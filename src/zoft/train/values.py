@@ -31,7 +31,9 @@ def as_type(name: str, value: Any, hint: Any) -> Any:
     if origin is Literal:
         if value in get_args(kind):
             return value
-        raise UserError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, not {value!r}")
+        also = ["true or false" if other is bool else f"of type {other.__name__}" for other in others]
+        choices = " or ".join((*also, f"one of {', '.join(map(str, get_args(kind)))}"))
+        raise UserError(f"{name} must be {choices}, not {value!r}")
     if origin in (int, float):
         number = _number(value, origin)
         if number is not None:
