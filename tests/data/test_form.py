@@ -1,6 +1,7 @@
 """The user's rows: prompts and answers, conversations, texts."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 from itertools import groupby
@@ -99,6 +100,32 @@ def test_replies_are_found_among_the_tokens_of_any_tokenizer() -> None:
     assert learned(tokenizer, item) == ["red wine</s>", "green tea</s>"]
 
 
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "pour", "arguments": {}}}]}
+POUR = [{"type": "function", "function": {"name": "pour", "description": "tea", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+@pytest.mark.parametrize("tools", [POUR, json.dumps(POUR)], ids=["list", "json"])
+def test_tools_and_their_calls_are_written_by_the_template(
+    chat: PreTrainedTokenizerFast, content: dict[str, Any], tools: Any
+) -> None:
+    """And calls are learned, those before the reply too."""
+    says = (
+        "{% if m.tool_calls %}{{ how or 'do' }} {{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}"
+    )
+    offers = "{% for t in tools or [] %}{{ t.function.description }} {% endfor %}"
+    chat.chat_template = offers + CHATML.replace("{{ m.content }}", says)
+    call = CALL | content
+    raw = {"messages": [TURNS[1], call], "tools": tools, "chat_template_kwargs": {"how": "please"}}
+    item = encoded(chat, raw)
+    assert chat.decode(item.prompt).startswith("tea <bos><|user|>") and learned(chat, item) == ["please pour<eos>"]
+    raw["messages"] = [TURNS[1], call, {"role": "tool", "content": "done"}, REPLY]
+    assert learned(chat, encoded(chat, raw)) == ["please pour<eos>", "green tea<eos>"]
+    assert learned(chat, encoded(chat, {"messages": raw["messages"]})) == ["do pour<eos>", "green tea<eos>"]
+    row = custom_task(form="conversation").read({"messages": [TURNS[1], call]})
+    assert json.loads(row["answers"][0]) == CALL["tool_calls"]
+
+
 def test_a_reply_that_is_written_otherwise_later_is_not_learned(chat: PreTrainedTokenizerFast) -> None:
     """Templates of reasoning models write the last reply with its thought, and the earlier ones without."""
     chat.chat_template = CHATML.replace("{{ m.content }}", THOUGHT)
@@ -141,11 +168,25 @@ def test_a_conversation_to_be_answered_may_lack_its_reply(chat: PreTrainedTokeni
         (["hello"], "'hello' is no message of the form"),
         ([*TURNS, REPLY | {"content": [{"type": "image"}]}], "an answer is empty or no text"),
         ([*TURNS, REPLY | {"content": ""}], "an answer is empty or no text"),
+        ([*TURNS, REPLY | {"content": None}], "an answer is empty or no text"),
+        ([*TURNS, REPLY | {"content": None, "tool_calls": []}], "an answer is empty or no text"),
     ],
 )
 def test_what_is_no_conversation_is_refused(messages: list[Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         custom_task(form="conversation").read({"messages": messages})
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"tools": "[{"}, "column 'tools': broken JSON: Expecting property name"),
+        ({"chat_template_kwargs": "no"}, "column 'chat_template_kwargs' holds str, not an object"),
+    ],
+)
+def test_what_is_nothing_for_the_template_is_refused(columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        custom_task(form="conversation").read({"messages": [*TURNS, REPLY], **columns})
 
 
 def test_what_the_template_refuses_is_said(chat: PreTrainedTokenizerFast) -> None:

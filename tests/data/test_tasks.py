@@ -226,7 +226,7 @@ def test_unknown_task() -> None:
         ("boolq", {"passage": "x", "label": 1}, "no column 'question'"),
         ("sst2", {"sentence": "x", "label": 7}, "column 'label': 7 is none of the labels '0', '1'"),
         ("sst2", {"sentence": ["x"], "label": 1}, "column 'sentence' holds list, not text"),
-        ("sst2", {"sentence": None, "label": 1}, "column 'sentence' holds NoneType, not text"),
+        ("sst2", {"sentence": None, "label": 1}, "column 'sentence' holds null, not text"),
         ("boolq", {"passage": "x", "question": 3, "label": 1}, "a column is not as task boolq expects it"),
         ("piqa", {"goal": "x", "sol1": "a", "sol2": "b", "label": 2}, "the answer is none of the choices"),
         ("piqa", {"goal": "x", "sol1": "a", "sol2": "", "label": 0}, "an answer is empty"),

@@ -1,8 +1,8 @@
 """Conversations as a tokenizer's chat template writes them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os.path import commonprefix
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -14,15 +14,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def write(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Row], reply_next: bool = False) -> str:
+def write(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Row], writing: Mapping[str, Any], reply_next: bool = False
+) -> str:
     """The messages in text; with `reply_next`, up to where the assistant's next one begins.
+
+    `writing` is given to the template too.
 
     Raises UserError if there is no chat template or it refuses these messages.
     """
     if not tokenizer.chat_template:
         raise UserError("the model has no chat template: choose one that has, or give prompt and completion as text")
     try:
-        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply_next))
+        text = str(
+            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply_next, **writing)
+        )
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"the chat template refuses this conversation: {error}") from error
     return text if reply_next else text.rstrip()
@@ -34,14 +40,14 @@ def earlier_replies(tokenizer: "PreTrainedTokenizerBase", row: Row) -> tuple[str
     These are the assistant's messages among the last `learned` turns (`zoft.data.form.conversation`), but not those
     that the template writes otherwise once they are not the last (without their thought).
     """
-    turns = row["turns"]
+    turns, writing = row["turns"], row["writing"]
     first = max(1, len(turns) - row["learned"])
     replies = [i for i in range(first, len(turns)) if turns[i]["role"] == "assistant"]
-    prompt = write(tokenizer, turns, reply_next=True) if replies else ""
+    prompt = write(tokenizer, turns, writing, reply_next=True) if replies else ""
     found = []
     for i in replies:
-        after = write(tokenizer, turns[: i + 1])
+        after = write(tokenizer, turns[: i + 1], writing)
         if prompt.startswith(after):
-            before = commonprefix([write(tokenizer, turns[:i], reply_next=True), prompt])  # noqa: RUF071 - of characters
-            found.append((len(before), len(after)))
+            opened = write(tokenizer, turns[:i], writing, reply_next=True)
+            found.append((len(commonprefix([opened, prompt])), len(after)))  # noqa: RUF071 - of characters
     return prompt, found

@@ -7,7 +7,7 @@ from zoft.errors import UserError
 from .form import Form, conversation, text
 from .metrics import GENERATED, LIKELIHOOD
 from .reward import is_reward
-from .task import Row, Task, template_columns
+from .task import Row, Task, as_text, template_columns
 
 MEASURED_BY: dict[Form, tuple[str, ...]] = {  # the usual one first
     "answer": (*GENERATED, LIKELIHOOD),
@@ -83,8 +83,10 @@ def custom_task(
             return conversation(row, answered)
         if form == "text":
             return text(row)
-        value = row[answer] if answered else row.get(answer, "")
-        return {"answers": [str(one) for one in (value if isinstance(value, list) else [value])]}
+        value = row[answer] if answered else row.get(answer)
+        if value is None and not answered:
+            value = ""
+        return {"answers": [as_text(one, answer) for one in (value if isinstance(value, list) else [value])]}
 
     read = metric == LIKELIHOOD
     return Task(

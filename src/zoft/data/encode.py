@@ -151,11 +151,11 @@ class Encoder:
 
     def _conversation(self, row: Row) -> tuple[list[int], list[list[int]]]:
         """The tokens of the turns and of the reply."""
-        turns, reply = row["turns"], row["reply"]
-        prompt = write(self._tokenizer, turns, reply_next=True)
+        turns, reply, writing = row["turns"], row["reply"], row["writing"]
+        prompt = write(self._tokenizer, turns, writing, reply_next=True)
         if reply is None:
             return self._ids(prompt), [self._end]
-        ids = self._ids(write(self._tokenizer, [*turns, reply]))
+        ids = self._ids(write(self._tokenizer, [*turns, reply], writing))
         ended = ids[-1] in self._tokenizer.added_tokens_decoder  # by the template
         return self._part(prompt, [ids if ended else ids + self._end])
 

@@ -1,5 +1,6 @@
 """The forms that the user's rows may have: those that TRL's SFTTrainer takes, and ShareGPT's."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -26,9 +27,12 @@ def form_of(row: Mapping[str, Any]) -> Form:
 def conversation(row: Row, answered: bool) -> Row:
     """The columns of a conversation: `turns`, all messages before the `reply`, which is the assistant's last.
 
-    The text of the reply is the answer, and the turns are shown as the prompt. The last `learned` of the turns are part
-    of what is learned: the assistant's messages among them, beside the reply. Unless `answered`, the reply may be
-    missing (None). Raises UserError for what is no message, and for a conversation without its reply.
+    The text of the reply is the answer, or if it has none the tools that it calls, and the turns are shown as the
+    prompt. The last `learned` of the turns are part of what is learned: the assistant's messages among them, beside the
+    reply. Unless `answered`, the reply may be missing (None). `writing` is what else the chat template is given: the
+    columns ``tools``, a list or JSON, and ``chat_template_kwargs``, as TRL has them.
+
+    Raises UserError for what is no message, and for a conversation without its reply.
     """
     given = 0  # messages that are only read
     if "messages" in row:
@@ -38,16 +42,39 @@ def conversation(row: Row, answered: bool) -> Row:
     else:
         messages, given = [*row["prompt"], *row.get("completion", [])], len(row["prompt"])
     for message in messages:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
+        message_of = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not (message_of and ("content" in message or message.get("tool_calls"))):
             raise UserError(f'{message!r:.60} is no message of the form {{"role": "user", "content": "..."}}')
     replied = bool(messages) and messages[-1]["role"] == "assistant"
     if answered and not replied:
         raise UserError("the conversation does not end with a message of the assistant, which is what is learned")
     turns, reply = (messages[:-1], messages[-1]) if replied else (messages, None)
-    shown = "\n".join(f"{message['role']}: {message['content']}" for message in turns)
-    learned = max(0, len(turns) - given)
-    answers = [reply["content"] if reply else ""]
-    return {"prompt": shown, "turns": turns, "reply": reply, "learned": learned, "answers": answers}
+    return {
+        "prompt": "\n".join(f"{message['role']}: {_said(message)}" for message in turns),
+        "turns": turns,
+        "reply": reply,
+        "learned": max(0, len(turns) - given),
+        "answers": [_said(reply) if reply else ""],
+        "writing": _writing(row),
+    }
+
+
+def _said(message: Row) -> Any:
+    """Its content, or if it has none the tools that it calls."""
+    calls = message.get("tool_calls")
+    return json.dumps(calls) if calls and not message.get("content") else message["content"]
+
+
+def _writing(row: Row) -> dict[str, Any]:
+    tools, others = row.get("tools"), row.get("chat_template_kwargs") or {}
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UserError(f"column 'tools': broken JSON: {error}") from error
+    if not isinstance(others, dict):
+        raise UserError(f"column 'chat_template_kwargs' holds {type(others).__name__}, not an object")
+    return {"tools": tools} | others if tools else others
 
 
 def text(row: Row) -> Row:

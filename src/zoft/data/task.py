@@ -70,7 +70,7 @@ class Task:
         try:
             row = raw | self.adapt(raw) if self.adapt else dict(raw)
             for name in self.columns:
-                row[name] = _text(row[name], name)
+                row[name] = as_text(row[name], name).strip(" ")
             self._check_answer(row)
         except KeyError as error:
             raise UserError(f"no column {error}; the columns are {', '.join(map(repr, raw))}") from error
@@ -121,10 +121,11 @@ def template_columns(template: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _text(value: Any, column: str) -> str:
+def as_text(value: Any, column: str) -> str:
+    """`value`, which `column` holds, as text. Raises UserError if it is neither text nor a number."""
     if not isinstance(value, str | int | float):
-        raise UserError(f"column {column!r} holds {type(value).__name__}, not text")
-    return str(value).strip(" ")
+        raise UserError(f"column {column!r} holds {'null' if value is None else type(value).__name__}, not text")
+    return str(value)
 
 
 def join(prompt: str, answer: str) -> str:
