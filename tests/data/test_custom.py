@@ -30,7 +30,9 @@ def test_generation() -> None:
     row = task.read({"prompt": "2+2=\n", "completion": 4})
     assert (task.kind, task.metric, task.show(row)) == ("generation", "exact_match", "2+2=\n")
     assert task.choices(row) == ["4"]
-    with pytest.raises(UserError, match="no column 'completion'; the columns are 'prompt', 'answer'"):
+    with pytest.raises(
+        UserError, match="no column 'completion'; the columns are 'prompt', 'answer'; name yours, as in"
+    ):
         task.read({"prompt": "x", "answer": "y"})
     with pytest.raises(UserError, match="an answer is empty"):
         task.read({"prompt": "x", "completion": " "})
@@ -40,6 +42,8 @@ def test_generation() -> None:
     assert custom_task(metric="r.py:f", answered=False).read({"prompt": "x", "completion": None})["answers"] == [""]
     several = custom_task("Q: {q}\nA:", label="a", metric="f1")
     assert several.read({"q": "?", "a": ["one", "1"]})["answers"] == ["one", "1"]
+    with pytest.raises(UserError, match=r"no column 'a'; the columns are 'q'$"):
+        several.read({"q": "?"})
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ def encoded(tokenizer: PreTrainedTokenizerFast, raw: dict[str, Any], length: int
         ({"messages": TURNS}, "conversation"),
         ({"prompt": TURNS, "completion": [REPLY]}, "conversation"),
         ({"conversations": TURNS}, "conversation"),
+        ({"instruction": "a", "output": "b"}, "conversation"),
+        ({"instruction": "a", "output": "b", "prompt": "c"}, "answer"),
+        ({"instruction": "a", "context": "", "response": "b"}, "answer"),
         ({"text": "a", "source": "b"}, "text"),
         ({"text": "a", "messages": "three"}, "text"),
     ],
@@ -71,6 +74,15 @@ def test_the_last_reply_of_a_conversation_is_learned(chat: PreTrainedTokenizerFa
 
 
 THOUGHT = "{% if loop.last and m.role == 'assistant' %}<think>{% endif %}{{ m.content }}"
+
+
+@pytest.mark.parametrize("given", [{}, {"input": ""}, {"input": None}, {"input": "tea"}])
+def test_an_instruction_and_its_output_are_a_conversation(chat: PreTrainedTokenizerFast, given: dict[str, Any]) -> None:
+    item = encoded(chat, {"instruction": "what drinks the cat?", "output": "green tea", **given})
+    asked = "what drinks the cat?" + "\n\ntea" * (given.get("input") == "tea")
+    assert item == encoded(chat, {"messages": [{"role": "user", "content": asked}, REPLY]})
+
+
 EARLIER = [TURNS[1], {"role": "assistant", "content": "red wine"}, TURNS[1] | {"content": "and the dog?"}]
 
 

@@ -56,8 +56,11 @@ def custom_task(
     """
     if words and not template:
         raise UserError('label words need a template such as "{text} It was"')
+    remedy = ""
     if template or label:
         form = "answer"
+    elif form == "answer":
+        remedy = '; name yours, as in --template "{question}" --label answer'
     template = template or "{prompt}"
     columns = template_columns(template)
     known = ("accuracy", "matthews") if words else MEASURED_BY[form]
@@ -98,5 +101,6 @@ def custom_task(
         adapt=adapt,
         metric=metric,
         answered=answered,
+        remedy=remedy,
         max_new_tokens=0 if read else 128,
     )

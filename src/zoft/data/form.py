@@ -1,4 +1,4 @@
-"""The forms that the user's rows may have: those that TRL's SFTTrainer takes, and ShareGPT's."""
+"""The forms that the user's rows may have: those that TRL's SFTTrainer takes, ShareGPT's and Alpaca's."""
 
 import json
 from collections.abc import Mapping
@@ -11,15 +11,18 @@ from .task import Row
 Form = Literal["answer", "conversation", "text"]
 
 SHAREGPT = {"human": "user", "gpt": "assistant"}
+ALPACA = {"instruction", "output"}  # and perhaps an "input"
 
 
 def form_of(row: Mapping[str, Any]) -> Form:
     """What a row is, by its columns: a prompt and its answer, a conversation, or text.
 
-    A conversation has ``messages``, or messages in ``prompt`` and ``completion``, or ShareGPT's ``conversations``; text
-    has ``text`` and none of these.
+    A conversation has ``messages``, or messages in ``prompt`` and ``completion``, or ShareGPT's ``conversations``, or
+    Alpaca's ``instruction`` and ``output``; text has ``text`` and none of these.
     """
     if any(isinstance(row.get(name), list) for name in ("messages", "conversations", "prompt")):
+        return "conversation"
+    if row.keys() >= ALPACA and not {"prompt", "completion"} & row.keys():
         return "conversation"
     return "text" if "text" in row and not {"prompt", "completion"} & row.keys() else "answer"
 
@@ -39,6 +42,9 @@ def conversation(row: Row, answered: bool) -> Row:
         messages = row["messages"]
     elif "conversations" in row:
         messages = [{"role": SHAREGPT.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]
+    elif "instruction" in row and "prompt" not in row:
+        asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
     else:
         messages, given = [*row["prompt"], *row.get("completion", [])], len(row["prompt"])
     for message in messages:

@@ -53,6 +53,8 @@ class Task:
     max_new_tokens: int = 0
     answered: bool = True
     """Whether rows have to have an answer; one without has the empty text."""
+    remedy: str = ""
+    """What to do if a row lacks a column, said after what is there."""
     stop: str | None = None
     """Generated text ends here, if not at the end-of-sequence token before."""
 
@@ -73,7 +75,7 @@ class Task:
                 row[name] = as_text(row[name], name).strip(" ")
             self._check_answer(row)
         except KeyError as error:
-            raise UserError(f"no column {error}; the columns are {', '.join(map(repr, raw))}") from error
+            raise UserError(f"no column {error}; the columns are {', '.join(map(repr, raw))}{self.remedy}") from error
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"a column is not as task {self.name} expects it: {error}") from error
         return row
