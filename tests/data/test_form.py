@@ -138,6 +138,16 @@ def test_tools_and_their_calls_are_written_by_the_template(
     assert json.loads(row["answers"][0]) == CALL["tool_calls"]
 
 
+@pytest.mark.parametrize("content", ["", "one moment"])
+def test_calls_that_the_template_does_not_write_are_not_learned(chat: PreTrainedTokenizerFast, content: str) -> None:
+    """As nothing but the end would be, and the reply's are asked for."""
+    messages = [TURNS[1], CALL | {"content": content}]
+    with pytest.raises(UserError, match="row 0: the chat template writes no tool_calls"):
+        encoded(chat, {"messages": messages})
+    further = [*messages, {"role": "tool", "content": "done"}, REPLY]
+    assert learned(chat, encoded(chat, {"messages": further})) == ["green tea<eos>"]
+
+
 def test_a_reply_that_is_written_otherwise_later_is_not_learned(chat: PreTrainedTokenizerFast) -> None:
     """Templates of reasoning models write the last reply with its thought, and the earlier ones without."""
     chat.chat_template = CHATML.replace("{{ m.content }}", THOUGHT)
@@ -206,7 +216,7 @@ def test_what_the_template_refuses_is_said(chat: PreTrainedTokenizerFast) -> Non
     with pytest.raises(UserError, match="row 0: the chat template refuses this conversation: no system message"):
         encoded(chat, {"messages": [*TURNS, REPLY]})
     chat.chat_template = CHATML.replace("{{ m.content }}{{ eos_token }}\n", "").replace("<|{{ m.role }}|>", "")
-    with pytest.raises(UserError, match="row 0: the chat template writes nothing of the reply"):
+    with pytest.raises(UserError, match="row 0: the chat template writes no reply"):
         encoded(chat, {"messages": [*TURNS, REPLY]})
     chat.chat_template = None
     with pytest.raises(UserError, match="the model has no chat template"):

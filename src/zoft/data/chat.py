@@ -34,11 +34,18 @@ def write(
     return text if reply_next else text.rstrip()
 
 
+def is_written(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Row], writing: Mapping[str, Any]) -> bool:
+    """Whether the template writes what the last message says, or if it calls tools, the calls; not all do."""
+    *turns, last = messages
+    less = {"role": last["role"], "content": (last.get("content") or "") if last.get("tool_calls") else ""}
+    return write(tokenizer, messages, writing) != write(tokenizer, [*turns, less], writing)
+
+
 def earlier_replies(tokenizer: "PreTrainedTokenizerBase", row: Row) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation's turns, and where in it replies that are learned too begin and end ("" if none may).
 
     These are the assistant's messages among the last `learned` turns (`zoft.data.form.conversation`), but not those
-    that the template writes otherwise once they are not the last (without their thought).
+    that the template does not write, or otherwise once they are not the last (without their thought).
     """
     turns, writing = row["turns"], row["writing"]
     first = max(1, len(turns) - row["learned"])
@@ -47,7 +54,7 @@ def earlier_replies(tokenizer: "PreTrainedTokenizerBase", row: Row) -> tuple[str
     found = []
     for i in replies:
         after = write(tokenizer, turns[: i + 1], writing)
-        if prompt.startswith(after):
+        if prompt.startswith(after) and is_written(tokenizer, turns[: i + 1], writing):
             opened = write(tokenizer, turns[:i], writing, reply_next=True)
             found.append((len(commonprefix([opened, prompt])), len(after)))  # noqa: RUF071 - of characters
     return prompt, found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
 
-from .chat import earlier_replies, write
+from .chat import earlier_replies, is_written, write
 from .task import Kind, Row, Task, join
 
 if TYPE_CHECKING:
@@ -136,8 +136,6 @@ class Encoder:
             prompt, candidates = candidates[0][:1], [candidates[0][1:]]
         if not prompt:
             raise UserError("the prompt is empty")
-        if not all(candidates):
-            raise UserError("the chat template writes nothing of the reply")
         return Item(index, prompt, candidates, self.task.golds(row)[0], truncated, self.task.kind)
 
     def _split(self, prompt: str, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
@@ -155,6 +153,8 @@ class Encoder:
         prompt = write(self._tokenizer, turns, writing, reply_next=True)
         if reply is None:
             return self._ids(prompt), [self._end]
+        if not is_written(self._tokenizer, [*turns, reply], writing):
+            raise UserError(f"the chat template writes no {'tool_calls' if reply.get('tool_calls') else 'reply'}")
         ids = self._ids(write(self._tokenizer, [*turns, reply], writing))
         ended = ids[-1] in self._tokenizer.added_tokens_decoder  # by the template
         return self._part(prompt, [ids if ended else ids + self._end])
