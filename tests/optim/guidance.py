@@ -8,11 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    ApertusConfig,
     CohereConfig,
+    GlmConfig,
     GPTNeoXConfig,
     GraniteConfig,
+    Lfm2Config,
     MixtralConfig,
     Olmo2Config,
+    Phi3Config,
     PhiConfig,
     PreTrainedModel,
 )
@@ -31,6 +35,10 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt-neox sequential": lambda: build(GPTNeoXConfig(**SIZES, intermediate_size=48, use_parallel_residual=False)),
     "cohere": lambda: build(CohereConfig(**GROUPED, logit_scale=0.25)),
     "phi": lambda: build(PhiConfig(**SIZES, intermediate_size=48)),
+    "phi3": lambda: build(Phi3Config(**GROUPED)),
+    "glm": lambda: build(GlmConfig(**GROUPED, head_dim=8)),
+    "lfm2": lambda: build(Lfm2Config(**GROUPED, layer_types=["full_attention"] * 2)),
+    "apertus": lambda: build(ApertusConfig(**GROUPED)),
     "mixtral": lambda: build(MixtralConfig(**GROUPED, num_local_experts=2)),
 }
 

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from transformers import (
     DeepseekV3Config,
     GptOssConfig,
+    Llama4TextConfig,
     MixtralConfig,
+    PhimoeConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
 )
 
 from zoft.bench.gradient import gradient_of, slope, true_gradients
-from zoft.optim import AGZO, LOZO, MeZO, ZOAct
+from zoft.optim import AGZO, LOZO, Guided, Loss, MeZO, ZOAct, cross_entropy
 from zoft.optim.experts import Expert, find_experts
 from zoft.optim.layers import find_linear_maps
 
@@ -36,6 +38,10 @@ CONFIGS: dict[str, Callable[..., Any]] = {
         first_k_dense_replace=0,
         q_lora_rank=None,
     ),
+}
+OTHERS: dict[str, Callable[..., Any]] = {  # whose routers are linear layers with a forward of their own
+    "Llama 4": lambda: Llama4TextConfig(**GROUPED, num_local_experts=4, intermediate_size_mlp=48, head_dim=8),
+    "PhiMoE": lambda: PhimoeConfig(**GROUPED, num_local_experts=4),
 }
 every_model = pytest.mark.parametrize("name", CONFIGS)
 each_way = pytest.mark.parametrize("way", ["eager", "grouped_mm"])
@@ -184,3 +190,19 @@ def test_gathered_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"gathered before they are used.*grouped_mm"):
         AGZO(model).step(closure_of(model, token_batch()))
     AGZO(model, exclude=["*experts*"]).step(closure_of(model, token_batch()))
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
+def test_a_step_of_each_kind(name: str) -> None:
+    """Guided once took GPT-OSS's experts, which join the stream, for a norm, and called them with rows."""
+    model, batch = build((CONFIGS | OTHERS)[name]()), token_batch()
+
+    def closure() -> Loss:
+        return cross_entropy(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"])
+
+    for method in (AGZO, ZOAct, Guided):
+        optimizer, start = method(model, lr=1e-2), logits(model)
+        assert not any("router" in m.name for m in optimizer.maps if name in OTHERS)
+        optimizer.step(closure)
+        assert not torch.equal(logits(model), start)
+        optimizer.branches.detach()

@@ -30,6 +30,27 @@ class Packed(nn.Module):
         self.register_buffer(weight_name, torch.ones(3, dtype=torch.int32))
 
 
+class Router(nn.Linear):
+    """What expert layers call for the scores of the experts."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        scores = super().forward(x)
+        return scores.softmax(-1), scores
+
+
+class Groups(nn.Linear):
+    """A matrix for each of two groups of features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(-1, (2, self.in_features)).unsqueeze(-2)
+        return (groups @ self.weight.view(2, -1, self.in_features).mT).flatten(-3)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn_like(x))
+
+
 def names(maps: list[LinearMap]) -> list[str]:
     return [m.name for m in maps]
 
@@ -55,6 +76,14 @@ def test_a_named_module_with_a_matrix_is_a_map() -> None:
     found = find_linear_maps(model, linear=["1"])[1]
     assert (found.name, found.d_in, found.d_out) == ("1", 3, 5)
     assert found.weight is model[1].weight
+
+
+def test_a_linear_layer_that_returns_something_else_is_no_map() -> None:
+    """Once probes of Llama 4, PhiMoE and DeepSeek-V4 stopped at their routers and grouped layers."""
+    model = nn.ModuleList([nn.Linear(4, 6), Router(4, 6), Groups(4, 6), Noisy(4, 6)])
+    assert names(find_linear_maps(model)) == ["0", "3"]
+    assert names(find_linear_maps(model, linear=["1"])) == ["0", "1", "3"]
+    assert set(other_parameters(model, find_linear_maps(model))) >= {"1.weight", "2.weight"}
 
 
 @pytest.mark.parametrize("weight_name", ["weight", "qweight"])

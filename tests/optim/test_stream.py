@@ -28,6 +28,7 @@ def test_the_writers_are_found(name: str, dtype: torch.dtype) -> None:
         "gpt-neox": ("dense", "dense_4h_to_h"),
         "gpt-neox sequential": ("dense", "dense_4h_to_h"),
         "phi": ("dense", "fc2"),
+        "lfm2": ("out_proj", "w2"),
         "mixtral": ("o_proj",),  # experts are called with rows of their own
     }.get(name, ("o_proj", "down_proj"))
     assert [n.rpartition(".")[2] for n in names(stream)] == [*ends, *ends]

@@ -229,7 +229,21 @@ def _is_gguf(module: nn.Module) -> bool:
 def _is_linear(module: nn.Module, name: str, patterns: Sequence[str]) -> bool:
     named = any(fnmatchcase(name, pattern) for pattern in patterns)
     packed = hasattr(module, "qweight") or _is_gguf(module)  # the former are GPTQ's and AWQ's layers
-    return isinstance(module, nn.Linear) or _is_conv1d(module) or packed or named
+    return (isinstance(module, nn.Linear) and _maps_rows(module)) or _is_conv1d(module) or packed or named
+
+
+@torch.no_grad()
+def _maps_rows(module: nn.Linear) -> bool:
+    """False for those with a forward of their own that returns something else: routers, layers in groups."""
+    weight = module.weight
+    usual = type(module).forward in (nn.Linear.forward, WideLinear.forward)
+    if usual or not _is_plain(weight) or weight.is_meta or is_sharded(weight) or weight.itemsize == 1:
+        return True
+    try:
+        y = type(module).forward(module, weight.new_zeros(1, module.in_features))
+    except Exception:  # whatever it raises, it takes no rows
+        return False
+    return isinstance(y, Tensor) and y.shape == (1, module.out_features)
 
 
 def _is_lookup(module: nn.Module) -> bool:

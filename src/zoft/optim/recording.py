@@ -17,9 +17,9 @@ from zoft.optim.shelf import Shelf
 ROWS = 8  # of tokens that the loss reads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
-    """A call of a module."""
+    """A call of a module, equal to itself alone."""
 
     name: str
     module: nn.Module

@@ -7,17 +7,23 @@ entries of a list (``nn.ModuleList`` or ``nn.Sequential``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoft.optim.layers import LinearMap, as_linear_map
 from zoft.optim.placement import device_of
 from zoft.optim.recording import Call, Heads, close, exact, recorded
 from zoft.optim.transpose import FeedForward, Norm
+
+# Activation functions that are called without a module of their own.
+Function = Callable[[Tensor], Tensor]
+FUNCTIONS: list[Function] = [F.silu, F.gelu, partial(F.gelu, approximate="tanh"), F.relu, lambda z: F.relu(z).square()]
 
 
 class NoStream(ValueError):
@@ -143,8 +149,8 @@ def _writers(block: Call, inside: list[Call], maps: dict[str, LinearMap], heads:
             norm = Norm.of(joining.module, joining.x) if _is_leaf(joining.module) else None
             source = next((c for c in inside if c.name in maps and norm is not None and _same(c.y, joining.x)), None)
         if source is not None:
-            feed_forward = _feed_forward(source, inside, maps, states)
             attention = _attention(source, inside, maps, states, heads)
+            feed_forward = None if attention else _feed_forward(source, inside, maps, states)
             writers.append(Writer(maps[source.name], gain, norm, feed_forward, attention))
         states.append(states[-1] + gain * exact(joining.y))
     return writers
@@ -183,20 +189,32 @@ def _feed_forward(
 
     `states` holds the stream's values in this block before `down` joins it.
     """
-    for act in calls:
-        if _parameters(act.module) or act.y.shape != down.x.shape:
-            continue
-        gate = next((c for c in calls if c.name in maps and _same(c.y, act.x)), None)
-        if gate is None or not (_readable(gate, maps) and _readable(down, maps)):
-            continue
-        ups = [c for c in calls if c.name in maps and c is not gate and _same(c.x, gate.x) and c.y.shape == act.y.shape]
-        up = next((c for c in ups if _same(act.y * c.y, down.x) and _readable(c, maps)), None)
-        if up is None and not _same(act.y, down.x):
-            continue
-        norm, _ = _norm_before(gate.x, calls)
-        if norm is not None or any(close(gate.x, state) for state in states):
-            return FeedForward(norm, maps[gate.name], maps[up.name] if up else None, act.module, maps[down.name])
+    for gate in (call for call in calls if call.name in maps):
+        for opening, up, factor, halves in _openings(gate, calls, maps, down.x.shape[1]):
+            acts: list[Function] = [c.module for c in calls if not _weights(c.module) and _same(c.x, opening)]
+            act = next((act for act in acts + FUNCTIONS if close(act(opening) * factor, down.x)), None)
+            if act is None or not all(_readable(call, maps) for call in (gate, up, down) if call is not None):
+                continue
+            norm, _ = _norm_before(gate.x, calls)
+            if norm is not None or any(close(gate.x, state) for state in states):
+                over = None if up is None else maps[up.name]
+                return FeedForward(norm, maps[gate.name], over, act, maps[down.name], halves)
     return None
+
+
+def _openings(
+    gate: Call, calls: list[Call], maps: dict[str, LinearMap], width: int
+) -> Iterator[tuple[Tensor, Call | None, Tensor | float, tuple[slice, slice] | None]]:
+    """What of `gate` a function may be called with, and what of which map its value may be multiplied by."""
+    if gate.y.shape[1] == width:
+        yield gate.y, None, 1.0, None
+        for up in calls:
+            if up.name in maps and up is not gate and _same(up.x, gate.x) and up.y.shape == gate.y.shape:
+                yield gate.y, up, up.y, None
+    if gate.y.shape[1] == 2 * width:
+        first, second = slice(0, width), slice(width, 2 * width)
+        for halves in ((first, second), (second, first)):
+            yield gate.y[:, halves[0]], None, gate.y[:, halves[1]], halves
 
 
 def _attention(
@@ -265,8 +283,9 @@ def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
 
 
-def _parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+def _weights(module: nn.Module) -> bool:
+    """Whether it has parameters other than single numbers."""
+    return any(parameter.numel() > 1 for parameter in module.parameters())
 
 
 def _is_entry(name: str) -> bool:

@@ -36,7 +36,10 @@ class Norm:
         signs[1::2] = -1
         signs -= signs.mean()
         vectors = torch.stack((torch.zeros_like(signs), signs / signs.square().mean().sqrt(), torch.ones_like(signs)))
-        offset, alternating, constant = module(vectors.to(like.dtype)).float()
+        try:
+            offset, alternating, constant = module(vectors.to(like.dtype)).float()
+        except TypeError:  # it takes more than rows
+            return None
         norm = cls(module, (alternating - offset) / vectors[1], bool((constant - offset).abs().max() < 1e-3))
         standard, _ = norm._standard(like)
         expected, found = standard * norm.gain + offset, module(like).float()
@@ -62,13 +65,18 @@ class Norm:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """``down(act(gate(x)) * up(x))``, or ``down(act(gate(x)))`` without `up`, with ``x = norm(h)`` or ``x = h``."""
+    """``down(act(gate(x)) * up(x))``, or ``down(act(gate(x)))`` without `up`, with ``x = norm(h)`` or ``x = h``.
+
+    With `halves` the map `gate` gives both: these columns of its output are what `act` is called with, and what that is
+    multiplied by.
+    """
 
     norm: Norm | None
     gate: LinearMap
     up: LinearMap | None
     act: Callable[[Tensor], Tensor]
     down: LinearMap
+    halves: tuple[slice, slice] | None = None
 
     @property
     def reader(self) -> nn.Module:
@@ -87,7 +95,14 @@ class FeedForward:
 
         `error` is at the output of `down`; `transposed` multiplies by a map's weight.
         """
-        opening, hidden = outputs[self.gate.name], transposed(self.down, error)
+        hidden = transposed(self.down, error)
+        if self.halves is not None:
+            opening, factor = (outputs[self.gate.name][:, half] for half in self.halves)
+            at_opening = hidden * slope_of(self.act, opening) * factor.float()
+            both = at_opening, hidden * self.act(opening).float()
+            errors = {self.gate.name: torch.cat(both if self.halves[0].start == 0 else both[::-1], dim=1)}
+            return transposed(self.gate, errors[self.gate.name]), errors
+        opening = outputs[self.gate.name]
         errors = {self.gate.name: hidden * slope_of(self.act, opening)}
         if self.up is not None:
             errors[self.gate.name] *= outputs[self.up.name].float()
