@@ -35,19 +35,47 @@ WIDTH: dict[str, Any] = {
 }
 GROUPED = WIDTH | {"intermediate_size": 128, "num_key_value_heads": 2}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+LATENT: dict[str, Any] = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8}
+LATENT |= {"qk_nope_head_dim": 8, "v_head_dim": 16}
+DELTA: dict[str, Any] = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
+DELTA |= {"linear_value_head_dim": 16, "head_dim": 16}
+HYBRID = ["linear_attention", "full_attention"]
 CAUSAL, CLASSIFY = tf.AutoModelForCausalLM, tf.AutoModelForSequenceClassification
 MODELS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "Llama": (CAUSAL, lambda: tf.LlamaConfig(**GROUPED)),
     "Pangu (Llama with biases)": (CAUSAL, lambda: tf.LlamaConfig(**GROUPED, attention_bias=True)),
     "Qwen3": (CAUSAL, lambda: tf.Qwen3Config(**GROUPED, head_dim=16)),
+    "Gemma 2": (CAUSAL, lambda: tf.Gemma2Config(**GROUPED, head_dim=16)),
     "Gemma 3": (CAUSAL, lambda: tf.Gemma3TextConfig(**GROUPED, head_dim=16)),
     "OPT": (CAUSAL, lambda: tf.OPTConfig(**WIDTH, ffn_dim=128, word_embed_proj_dim=64, init_std=0.1)),
     "GPT-2": (CAUSAL, lambda: tf.GPT2Config(**WIDTH, n_inner=128)),
     "Phi": (CAUSAL, lambda: tf.PhiConfig(**GROUPED)),
+    "Phi 3": (CAUSAL, lambda: tf.Phi3Config(**GROUPED)),
+    "GLM 4": (CAUSAL, lambda: tf.Glm4Config(**GROUPED, head_dim=16)),
+    "OLMo 2": (CAUSAL, lambda: tf.Olmo2Config(**GROUPED)),
+    "Granite": (CAUSAL, lambda: tf.GraniteConfig(**GROUPED)),
+    "Cohere": (CAUSAL, lambda: tf.CohereConfig(**GROUPED)),
+    "Falcon": (CAUSAL, lambda: tf.FalconConfig(**WIDTH, ffn_hidden_size=128)),
     "Mixtral (experts)": (CAUSAL, lambda: tf.MixtralConfig(**GROUPED, num_local_experts=4)),
     "Qwen3 MoE (experts)": (CAUSAL, lambda: tf.Qwen3MoeConfig(**GROUPED | EXPERTS)),
+    "GPT-OSS (experts)": (
+        CAUSAL, lambda: tf.GptOssConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=16),
+    ),
+    "DeepSeek-V3 (experts)": (
+        CAUSAL, lambda: tf.DeepseekV3Config(
+            **GROUPED | LATENT, moe_intermediate_size=64, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+            topk_group=1, first_k_dense_replace=1,
+        ),
+    ),
+    "Llama 4 (experts)": (
+        CAUSAL, lambda: tf.Llama4TextConfig(**GROUPED, num_local_experts=4, intermediate_size_mlp=128, head_dim=16),
+    ),
     "Mamba (state space)": (CAUSAL, lambda: tf.MambaConfig(**WIDTH, state_size=8)),
     "LFM2 (hybrid)": (CAUSAL, lambda: tf.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"])),
+    "Qwen3.5 (hybrid)": (CAUSAL, lambda: tf.Qwen3_5TextConfig(**GROUPED | DELTA, layer_types=HYBRID)),
+    "Falcon-H1 (hybrid)": (
+        CAUSAL, lambda: tf.FalconH1Config(**GROUPED, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8),
+    ),
     "BERT classifier": (CLASSIFY, lambda: tf.BertConfig(**WIDTH, intermediate_size=128)),
     "RoBERTa classifier": (CLASSIFY, lambda: tf.RobertaConfig(**WIDTH, intermediate_size=128)),
     "T5 (encoder-decoder)": (

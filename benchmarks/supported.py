@@ -145,7 +145,15 @@ def architectures() -> list[str]:
     rows = json.loads((ROOT / "benchmarks" / "results" / "architectures.json").read_text())["rows"]
     guided = ", ".join(row["model"] for row in rows if row["guided"] is not None)
     probes = ", ".join(row["model"] for row in rows if row["guided"] is None)
-    return [f"- by all methods: {guided};", f"- by probes: {probes}."]
+    survey = json.loads((ROOT / "benchmarks" / "results" / "every_model.json").read_text())
+    return [
+        f"- by all methods: {guided};",
+        f"- by probes: {probes}.",
+        "",
+        f"Of the {survey['kinds']} kinds of causal language model in transformers {survey['transformers']}, AGZO and "
+        f"ZO-Act take a step on all {survey['tried']} that a tiny one",
+        f"could be made of, guided on {survey['guided']} ([which](benchmarks/results/every_model.json)).",
+    ]
 
 
 def section(file: Path) -> str:
