@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import FalconH1Config, MambaConfig, PreTrainedConfig, Qwen2MoeConfig
+
+from optim.models import GROUPED, SIZES, build
+from train.tiny import TOKENIZER
 
 from .conftest import Outcome
 
@@ -32,6 +36,41 @@ def test_it_goes_on_from_there(
     old, new = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (adapter, out))
     assert old.keys() <= new.keys()
     assert zoft("eval", out, "--json").json()["accuracy"] == summary["best"]
+
+
+OWN = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 256}
+KINDS: dict[str, tuple[PreTrainedConfig, str]] = {
+    "mamba": (MambaConfig(**SIZES | OWN, state_size=8), "zo-act"),
+    "falcon-h1": (
+        FalconH1Config(**GROUPED | OWN, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
+        "guided",
+    ),
+    "qwen2-moe": (
+        Qwen2MoeConfig(
+            **GROUPED | OWN, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=24
+        ),
+        "guided",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_auto_trains_loads_again(kind: str, zoft: Callable[..., Outcome], data: Path, tmp_path: Path) -> None:
+    """Of models whose layers PEFT refuses, or takes for experts by their names."""
+    config, method = KINDS[kind]
+    build(config).save_pretrained(tmp_path / kind)
+    TOKENIZER.save_pretrained(tmp_path / kind)
+    out = tmp_path / "run"
+    done = zoft(
+        "train", tmp_path / kind, "--task", "sst2", "--data", data, "--steps", 4, "--eval-steps", 2, "--lr", "0.1",
+        "--batch-size", 8, "--device", "cpu", "--dtype", "float32", "--out", out, "--json",
+    )  # fmt: skip
+    summary = done.json()
+    assert summary["method"] == method
+    found = zoft("eval", out, "--json").json()
+    logged = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    losses = [line["validation_loss"] for line in logged if "validation_loss" in line]
+    assert found["accuracy"] == summary["best"] and pytest.approx(found["loss"], rel=1e-4) in losses
 
 
 def test_lora_adds_no_second_one(adapter: Path, zoft: Callable[..., Outcome], data: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from zoft.optim import Guided, Loss
+from zoft.optim import Guided, Loss, NoStream
 
 from .guidance import (
     BUILDERS,
@@ -169,6 +169,13 @@ def test_what_it_does_not_reach_has_no_coefficients(feed_forward: bool, attentio
     assert {name.rpartition(".")[2] for name in optimizer.coefficients} == ends
     assert optimizer.bases.keys() == optimizer.coefficients.keys()
     assert {m.name for m in optimizer.branches.active} == optimizer.coefficients.keys()
+
+
+def test_it_says_so_if_it_reaches_nothing() -> None:
+    """Once it went on, and moved nothing."""
+    model, batch = llama(), token_batch()
+    with pytest.raises(NoStream, match=r"none of the layers to be trained, such as 'model.layers.0.self_attn.q_proj'"):
+        Guided(model, include=("*.q_proj",)).estimate(closure_of(model, batch))
 
 
 def test_nothing_is_differentiated() -> None:

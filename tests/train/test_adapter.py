@@ -8,9 +8,10 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
+from transformers import DeepseekV3Config, MambaConfig
 
 import zoft
-from optim.models import changed, llama, snapshot, token_batch
+from optim.models import GROUPED, SIZES, build, changed, llama, snapshot, token_batch
 from zoft.errors import UserError
 from zoft.train.adapter import save_adapter, start_from, take_apart
 
@@ -39,6 +40,59 @@ def test_coefficients_begin_with_the_adapter(method: Any, options: dict[str, Any
     assert not torch.allclose(logits(model), expected, atol=1e-3)
     start_from(method(model, lr=1e-3, exclude=()), factors)
     assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+EXPERTS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+def deepseek() -> Any:
+    """A feed-forward part, then experts, one of which all tokens share."""
+    sizes = GROUPED | {"num_key_value_heads": 4}
+    return build(DeepseekV3Config(**sizes, **LATENT, **EXPERTS, first_k_dense_replace=1))
+
+
+@pytest.mark.parametrize("include", [(), ("*.gate_proj", "*.o_proj")])
+@pytest.mark.parametrize("method", [zoft.ZOAct, zoft.Guided])
+def test_layers_with_the_names_of_experts(method: Any, include: tuple[str, ...], tmp_path: Path) -> None:
+    """Once they were lost: PEFT took them for the experts, some of which it had by these names."""
+    model, batch = deepseek(), token_batch()
+    optimizer = method(model, lr=0.1, rank=9, include=include)
+    optimizer.step(lambda: zoft.cross_entropy(model(**batch).logits, batch["labels"]))
+    if method is zoft.ZOAct and not include:
+        assert len({basis.shape[1] for basis in optimizer.bases.values()}) == 2
+    save_adapter(optimizer, tmp_path)
+    learned = logits(model)
+    saved = PeftModel.from_pretrained(deepseek(), tmp_path).eval()
+    assert torch.allclose(logits(saved), learned, atol=1e-4)
+    assert not torch.allclose(logits(deepseek()), learned, atol=0.1)
+    plain, factors = take_apart(saved)
+    again = method(plain, lr=0.1, include=include)
+    start_from(again, factors)
+    assert torch.allclose(logits(plain), learned, atol=1e-4)
+    save_adapter(again, tmp_path / "again")
+    assert torch.allclose(logits(PeftModel.from_pretrained(deepseek(), tmp_path / "again").eval()), learned, atol=1e-4)
+
+
+def test_what_peft_does_not_load_is_not_saved(tmp_path: Path) -> None:
+    model, batch = build(MambaConfig(**SIZES, state_size=8)), token_batch()
+
+    def closure() -> Any:
+        return zoft.cross_entropy(model(batch["input_ids"]).logits, batch["labels"])
+
+    optimizer = zoft.ZOAct(model, lr=0.1)
+    optimizer.step(closure)
+    with pytest.raises(UserError, match=r"leave such layers out with exclude=\('\*.out_proj',\)"):
+        save_adapter(optimizer, tmp_path)
+    optimizer.branches.detach()
+    optimizer = zoft.ZOAct(model, lr=0.1, exclude=("*.out_proj",))
+    optimizer.step(closure)
+    save_adapter(optimizer, tmp_path)
+    with torch.no_grad():
+        learned = closure().values
+        optimizer.branches.detach()
+        model = PeftModel.from_pretrained(model, tmp_path).eval()
+        torch.testing.assert_close(closure().values, learned)
 
 
 def test_what_was_learned_before_is_saved_again(tmp_path: Path) -> None:

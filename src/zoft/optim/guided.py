@@ -38,7 +38,7 @@ from zoft.optim.estimator import Estimate
 from zoft.optim.kept import BlockCall, Kept, called, coordinates, keeping
 from zoft.optim.landscape import Divisible, Landscape
 from zoft.optim.layers import LinearMap
-from zoft.optim.stream import Attention, Block, Stream, Writer, find_stream
+from zoft.optim.stream import Attention, Block, NoStream, Stream, Writer, find_stream
 from zoft.optim.transpose import FeedForward, Norm, transposed_product
 
 JOINED = 1 << 23  # numbers of an error at the logits that are multiplied by the head's weight at a time
@@ -66,6 +66,7 @@ class Guided:
 
     Raises:
         ValueError: `two_pass` with `feed_forward` or `attention`, or `attention_after` without `attention`.
+        NoStream: when called, if the model has no stream, or what is to be trained is nothing that it reaches.
         NotRepeatable: when called with `attention`, if a block, run again, gives something else (dropout).
     """
 
@@ -94,6 +95,11 @@ class Guided:
         stream, closure = self._stream, landscape.closure
         assert stream is not None
         landscape.reached = stream.reached(self.feed_forward, self.attention)
+        if not landscape.reached & landscape.branches.named.keys():
+            raise NoStream(
+                "none of the layers to be trained, such as "
+                f"{next(iter(landscape.branches.named))!r}, is among those that the estimate reaches"
+            )
         if through_attention and ranks.count == 1 and isinstance(closure, Divisible):
             return self._in_parts(landscape, closure, estimate, stream)
         return self._carried(landscape, estimate, stream, through_attention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,27 @@ from torch import Tensor
 
 from zoft.errors import UserError
 from zoft.optim import ZeroOrder
+from zoft.optim.layers import selected
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # V [d_in, r] and C [d_out, r], float32, by the layer's name
+MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}  # of their `out_proj` PEFT loads no adapter
 
 
 def save_adapter(optimizer: ZeroOrder, folder: Path) -> None:
     """Write the optimizer's coefficients as a LoRA adapter (float32) that `peft.PeftModel.from_pretrained` loads.
 
     Raises:
-        UserError: there are no coefficients: no estimate was made, or none had a finite loss.
+        UserError: there are no coefficients (no estimate was made, or none had a finite loss), or PEFT loads none of
+            some layer.
     """
     known = optimizer.coefficients
     trained = [name for name, factor in known.items() if name in optimizer.updates or bool(factor.any())]
     factors = {name: (optimizer.bases[name], known[name]) for name in trained or known}  # none may have moved yet
     if not factors:
         raise UserError("there are no coefficients to save: no estimate so far had a finite loss")
+    refused = not_loaded(optimizer.model)
+    if names := [name for name in factors if selected(name, refused, ())] if refused else []:
+        raise UserError(f"PEFT loads no adapter of {names[0]!r}: leave such layers out with exclude={refused}")
     write_lora(folder, factors, optimizer.model, any(m.transposed for m in optimizer.maps))
 
 
@@ -36,9 +43,11 @@ def write_lora(folder: Path, factors: Factors, base: Any, transposed: bool) -> N
     """Write `factors`, which `base` was trained with, as a LoRA adapter of rank r and alpha r: a scaling of 1.
 
     A layer with another rank than most (too few tokens, or too narrow an input) has its own in ``rank_pattern``.
-    `transposed` says that the layers keep their weights [d_in, d_out].
+    `transposed` says that the layers keep their weights [d_in, d_out]. Layers that PEFT would take for experts are
+    named by their parameters, which it does not.
     """
-    ranks = {name: basis.shape[1] for name, (basis, _) in factors.items()}
+    experts = _taken_for_experts(base, factors)
+    ranks = {f"{name}.weight" * (name in experts) or name: basis.shape[1] for name, (basis, _) in factors.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     different = {name: r for name, r in ranks.items() if r != rank}
     config = LoraConfig(
@@ -46,7 +55,8 @@ def write_lora(folder: Path, factors: Factors, base: Any, transposed: bool) -> N
         lora_alpha=rank,
         rank_pattern=different,
         alpha_pattern=different,
-        target_modules=sorted(ranks),
+        target_modules=sorted(factors.keys() - experts),
+        target_parameters=sorted(f"{name}.weight" for name in experts) or None,
         fan_in_fan_out=transposed,
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=getattr(base, "name_or_path", None),
@@ -60,6 +70,28 @@ def write_lora(folder: Path, factors: Factors, base: Any, transposed: bool) -> N
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def not_loaded(model: Any) -> tuple[str, ...]:
+    """Patterns of the layers of `model` that PEFT loads no adapter of."""
+    return ("*.out_proj",) if getattr(getattr(model, "config", None), "model_type", None) in MAMBA else ()
+
+
+def _taken_for_experts(base: Any, names: Iterable[str]) -> set[str]:
+    """Which of the linear layers `names` PEFT would take for the experts of an earlier transformers, by their ends.
+
+    It then adapts the experts, and loses the layers (https://github.com/huggingface/peft/issues/3711).
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
+    except ImportError:  # an earlier PEFT, which takes names as they are
+        return set()
+    config = LoraConfig(target_modules=list(names))
+    try:
+        convert(config, base, None)
+    except ValueError:  # only some of what it would make an expert of is there
+        return set(names)
+    return set(names) - set(config.target_modules or ())
 
 
 def take_apart(adapted: PeftModel) -> tuple[Any, Factors]:

@@ -24,12 +24,12 @@ from zoft.train.auto import BATCHES, settle
 from zoft.train.batches import task_batches, task_closures
 from zoft.train.callbacks import Clock, LiveProgress, RunLog, StepLog
 from zoft.train.checkpoints import last_checkpoint
-from zoft.train.config import COEFFICIENTS, TrainConfig
+from zoft.train.config import TrainConfig
 from zoft.train.diagnosis import Diagnosis
 from zoft.train.identity import identity, model_digest
 from zoft.train.models import find_device, load_model, room
 from zoft.train.offload import kept
-from zoft.train.optimizers import AUTO, build
+from zoft.train.optimizers import AUTO, COEFFICIENTS, build
 from zoft.train.processes import one_after_the_first, require_agreed
 from zoft.train.stop import Stop
 from zoft.train.task_trainer import TaskTrainer

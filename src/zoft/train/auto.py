@@ -17,7 +17,7 @@ from zoft.optim import EstimateWarning, NoLinearLayers, NoStream, NotRepeatable
 from zoft.optim.landscape import Closure
 from zoft.train.config import TrainConfig
 from zoft.train.diagnosis import Diagnosis, diagnose
-from zoft.train.optimizers import AUTO, METHODS, zero_order_of
+from zoft.train.optimizers import AUTO, METHODS, loadable, zero_order_of
 from zoft.train.rate import guided_rate
 
 BATCHES = 8  # looked at, at most
@@ -85,7 +85,7 @@ def _guided_lr(config: TrainConfig, model: Any, closure: Closure) -> Any:
     Raises:
         NoLinearLayers, NoStream, NotRepeatable: guided cannot train the model.
     """
-    optimizer = METHODS["guided"](model, **config.method_options)
+    optimizer = METHODS["guided"](model, **loadable("guided", model, config.method_options))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EstimateWarning)

@@ -15,12 +15,11 @@ from zoft.errors import UserError
 from zoft.train.files import free_folder, write_text
 from zoft.train.models import DTYPES, QUANTIZED, find_device
 from zoft.train.offload import memory_size
-from zoft.train.optimizers import AUTO, FIRST_ORDER, method_options, require_method, usual_schedule
+from zoft.train.optimizers import AUTO, COEFFICIENTS, FIRST_ORDER, method_options, require_method, usual_schedule
 from zoft.train.values import as_type, near_miss
 
 ComputeDtype = Literal["auto", "weights", "float32"]  # `zoft.train.arithmetic`
 LOSS = "loss"
-COEFFICIENTS = ("guided", "zo-act")  # methods that train them, beside frozen weights
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")
 
 

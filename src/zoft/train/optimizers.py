@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from zoft.errors import UserError
 from zoft.optim import METHODS, ZeroOrder
+from zoft.train.adapter import not_loaded
 from zoft.train.values import as_type, near_miss
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ COMMON_HINTS = dict.fromkeys(PATTERNS, Sequence[str]) | {
     "fold_every": int,
     "parallel": int | Literal["data", "probes"],
 }
+COEFFICIENTS = ("guided", "zo-act")  # methods that train them, beside frozen weights
 AUTO = "auto"  # which of them it is follows from the model (zoft.train.auto)
 
 
@@ -99,7 +101,16 @@ def zero_order_of(config: TrainConfig, model: Any) -> ZeroOrder:
     if config.method in FIRST_ORDER:
         raise UserError(f"{config.method} is first-order: it draws no directions")
     options = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay, "seed": config.seed}
+    options |= loadable(config.method, model, config.method_options)
     return zero_order(config.method, model, options | ({} if config.eps is None else {"eps": config.eps}))
+
+
+def loadable(method: str, model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with which the coefficients of `method` are an adapter of `model` that PEFT loads."""
+    refused = not_loaded(model) if method in COEFFICIENTS and options.get("into") != "weights" else ()
+    if not refused:
+        return options
+    return options | {"exclude": (*method_options(method, options)["exclude"], *refused)}
 
 
 def build(config: TrainConfig, model: Any) -> tuple[Any, torch.optim.Optimizer]:

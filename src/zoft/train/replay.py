@@ -13,11 +13,11 @@ from safetensors.torch import load
 from zoft.errors import UserError
 from zoft.optim import ZeroOrder, obstacle, replay
 from zoft.train.adapter import Factors, save_adapter, start_from, take_apart
-from zoft.train.config import COEFFICIENTS, TrainConfig
+from zoft.train.config import TrainConfig
 from zoft.train.files import write_folder
 from zoft.train.identity import model_digest, require_same, settings
 from zoft.train.models import load_model
-from zoft.train.optimizers import FIRST_ORDER, build
+from zoft.train.optimizers import COEFFICIENTS, FIRST_ORDER, build
 from zoft.train.steplog import BACK, BASES, LOG, STEP, Log, Step, names_of, read_back, read_log, read_step
 
 

@@ -35,7 +35,8 @@ class Guided(ZeroOrder):
 
     Raises:
         ValueError: `two_pass` with `feed_forward` or `attention`, or `attention_after` without `attention`.
-        NoStream: at the first estimate, if the model has no residual stream that ends in a norm and a linear head.
+        NoStream: at the first estimate, if the model has no residual stream that ends in a norm and a linear head, or
+            `include` and `exclude` leave nothing that the estimate reaches.
         NotRepeatable: at an estimate with `attention`, if a block, run again, gives something else (dropout).
     """
 
