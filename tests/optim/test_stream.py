@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import MambaConfig
 
 from zoft.optim import Guided, Loss, cross_entropy, recording, stream
 from zoft.optim.layers import find_linear_maps
@@ -15,7 +16,7 @@ from zoft.optim.stream import NoStream, find_stream
 from zoft.optim.transpose import Norm, slope_of, transposed_product
 
 from .guidance import BUILDERS, names, stream_of
-from .models import llama, mlp, token_batch
+from .models import SIZES, build, llama, mlp, token_batch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -40,6 +41,13 @@ def test_the_writers_are_found(name: str, dtype: torch.dtype) -> None:
         assert [w.feed_forward is not None for w in block.writers] == [False, True][: len(ends)]
     assert [block.parallel for block in stream.blocks] == [name in ("gpt-neox", "cohere", "phi")] * 2
     assert stream.scale == pytest.approx({"granite": 0.25, "cohere": 0.25}.get(name, 1.0), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_stream_may_be_finer_than_what_reads_it(dtype: torch.dtype) -> None:
+    """Mamba keeps it in float32, and rounds what its norm makes of it for the head."""
+    model = build(MambaConfig(**SIZES, state_size=8)).to(dtype)
+    assert names(stream_of(model)) == ["backbone.layers.0.mixer.out_proj", "backbone.layers.1.mixer.out_proj"]
 
 
 @pytest.mark.parametrize("small", ["down_proj", "o_proj"])

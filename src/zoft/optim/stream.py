@@ -276,7 +276,9 @@ def _ratio(y: Tensor, x: Tensor) -> float | None:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other.to(one.device))
+    """Equal, but for a change to a coarser dtype between them."""
+    coarser = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return one.shape == other.shape and torch.equal(one.to(coarser), other.to(one.device, coarser))
 
 
 def _is_leaf(module: nn.Module) -> bool:
