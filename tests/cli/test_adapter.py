@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from transformers import FalconH1Config, MambaConfig, PreTrainedConfig, Qwen2MoeConfig
+from transformers import DeepseekV3Config, FalconH1Config, MambaConfig, PreTrainedConfig
 
 from optim.models import GROUPED, SIZES, build
 from train.tiny import TOKENIZER
@@ -45,9 +45,11 @@ KINDS: dict[str, tuple[PreTrainedConfig, str]] = {
         FalconH1Config(**GROUPED | OWN, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
         "guided",
     ),
-    "qwen2-moe": (
-        Qwen2MoeConfig(
-            **GROUPED | OWN, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=24
+    "deepseek": (
+        DeepseekV3Config(
+            **GROUPED | OWN | {"num_key_value_heads": 4}, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8,
+            qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
+            moe_intermediate_size=24, first_k_dense_replace=1,
         ),
         "guided",
     ),
