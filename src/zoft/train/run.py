@@ -77,7 +77,7 @@ def _fit(run: Run) -> None:
             warnings.simplefilter("ignore", EstimateWarning)  # `Watch` says it, once it matters
             run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     except NoStream as error:
-        raise UserError(f"method {run.config.method}: {error}; agzo and zo-act need none") from error
+        raise UserError(f"method {run.config.method}: {error}; agzo and zo-act go back along no stream") from error
     except NotRepeatable as error:
         raise UserError(f"method {run.config.method}: {error}") from error
     except UnpicklingError as error:  # only tensors and plain values are read
