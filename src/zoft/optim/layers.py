@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -239,11 +240,11 @@ def _maps_rows(module: nn.Linear) -> bool:
     usual = type(module).forward in (nn.Linear.forward, WideLinear.forward)
     if usual or not _is_plain(weight) or weight.is_meta or is_sharded(weight) or weight.itemsize == 1:
         return True
-    try:
-        y = type(module).forward(module, weight.new_zeros(1, module.in_features))
+    try:  # a copy, as it may keep something of what it sees
+        y = type(module).forward(copy.copy(module), weight.new_zeros(1, 1, module.in_features))
     except Exception:  # whatever it raises, it takes no rows
         return False
-    return isinstance(y, Tensor) and y.shape == (1, module.out_features)
+    return isinstance(y, Tensor) and y.shape == (1, 1, module.out_features)
 
 
 def _is_lookup(module: nn.Module) -> bool:
