@@ -176,8 +176,9 @@ def test_a_prompt_that_the_reply_replaces_is_not_learned(chat: PreTrainedTokeniz
     assert chat.decode(item.prompt).endswith("<|assistant|>") and chat.decode(item.candidates[0]) == "green tea<eos>"
 
 
-def test_a_conversation_to_be_answered_may_lack_its_reply(chat: PreTrainedTokenizerFast) -> None:
-    item = encoded(chat, {"messages": TURNS}, answered=False, metric="rewards.py:f")
+@pytest.mark.parametrize("reply", [[], [REPLY | {"content": ""}], [REPLY | {"content": None}]])
+def test_a_conversation_to_be_answered_may_lack_its_reply(chat: PreTrainedTokenizerFast, reply: list[Any]) -> None:
+    item = encoded(chat, {"messages": [*TURNS, *reply]}, answered=False, metric="rewards.py:f")
     assert chat.decode(item.prompt).endswith("<|assistant|>") and item.candidates == [[chat.eos_token_id]]
 
 

@@ -32,8 +32,8 @@ def conversation(row: Row, answered: bool) -> Row:
 
     The text of the reply is the answer, or if it has none the tools that it calls, and the turns are shown as the
     prompt. The last `learned` of the turns are part of what is learned: the assistant's messages among them, beside the
-    reply. Unless `answered`, the reply may be missing (None). `writing` is what else the chat template is given: the
-    columns ``tools``, a list or JSON, and ``chat_template_kwargs``, as TRL has them.
+    reply. Unless `answered`, the reply may be missing or empty (None). `writing` is what else the chat template is
+    given: the columns ``tools``, a list or JSON, and ``chat_template_kwargs``, as TRL has them.
 
     Raises UserError for what is no message, and for a conversation without its reply.
     """
@@ -48,13 +48,15 @@ def conversation(row: Row, answered: bool) -> Row:
     else:
         messages, given = [*row["prompt"], *row.get("completion", [])], len(row["prompt"])
     for message in messages:
-        message_of = isinstance(message, dict) and isinstance(message.get("role"), str)
-        if not (message_of and ("content" in message or message.get("tool_calls"))):
+        from_someone = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not (from_someone and ("content" in message or message.get("tool_calls"))):
             raise UserError(f'{message!r:.60} is no message of the form {{"role": "user", "content": "..."}}')
     replied = bool(messages) and messages[-1]["role"] == "assistant"
     if answered and not replied:
         raise UserError("the conversation does not end with a message of the assistant, which is what is learned")
     turns, reply = (messages[:-1], messages[-1]) if replied else (messages, None)
+    if reply and not answered and not _said(reply):
+        reply = None
     return {
         "prompt": "\n".join(f"{message['role']}: {_said(message)}" for message in turns),
         "turns": turns,
