@@ -1,6 +1,7 @@
 """Training that begins with a PEFT adapter: its own parameters, or coefficients that go on from it."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers import DeepseekV3Config, MambaConfig
 
 import zoft
 from optim.models import GROUPED, SIZES, build, changed, llama, snapshot, token_batch
+from scripts import load
 from zoft.errors import UserError
-from zoft.train.adapter import save_adapter, start_from, take_apart
+from zoft.train.adapter import not_loaded, save_adapter, start_from, take_apart
 
 RANDOM = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
 LINEAR = ["k_proj", "v_proj", "down_proj"]
@@ -93,6 +95,20 @@ def test_what_peft_does_not_load_is_not_saved(tmp_path: Path) -> None:
         optimizer.branches.detach()
         model = PeftModel.from_pretrained(model, tmp_path).eval()
         torch.testing.assert_close(closure().values, learned)
+
+
+@pytest.mark.parametrize("kind", ["laguna", "git", "falcon_h1"])
+def test_all_other_layers_are_loaded(kind: str, tmp_path: Path) -> None:
+    """Once Laguna's shared experts were lost, and GIT's adapter not to be loaded."""
+    make = partial(load("benchmarks/every_model.py").build, kind)
+    model, ids = make(), torch.arange(3, 27).view(3, 8)
+    optimizer = zoft.ZOAct(model, lr=0.1, exclude=not_loaded(model))
+    optimizer.step(lambda: zoft.cross_entropy(model(ids).logits, ids))
+    save_adapter(optimizer, tmp_path)
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(make(), tmp_path).eval()(input_ids=ids).logits
+        torch.testing.assert_close(found, model(ids).logits, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(make()(ids).logits, found, atol=1e-2)
 
 
 def test_what_was_learned_before_is_saved_again(tmp_path: Path) -> None:

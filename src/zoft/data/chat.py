@@ -34,11 +34,13 @@ def write(
     return text if reply_next else text.rstrip()
 
 
-def is_written(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Row], writing: Mapping[str, Any]) -> bool:
-    """Whether the template writes what the last message says, or if it calls tools, the calls; not all do."""
+def is_written(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Row], writing: Mapping[str, Any], text: str
+) -> bool:
+    """Whether `text`, which the template makes of `messages`, has what the last one says (its calls, if it has any)."""
     *turns, last = messages
     less = {"role": last["role"], "content": (last.get("content") or "") if last.get("tool_calls") else ""}
-    return write(tokenizer, messages, writing) != write(tokenizer, [*turns, less], writing)
+    return text != write(tokenizer, [*turns, less], writing)
 
 
 def earlier_replies(tokenizer: "PreTrainedTokenizerBase", row: Row) -> tuple[str, list[tuple[int, int]]]:
@@ -54,7 +56,7 @@ def earlier_replies(tokenizer: "PreTrainedTokenizerBase", row: Row) -> tuple[str
     found = []
     for i in replies:
         after = write(tokenizer, turns[: i + 1], writing)
-        if prompt.startswith(after) and is_written(tokenizer, turns[: i + 1], writing):
+        if prompt.startswith(after) and is_written(tokenizer, turns[: i + 1], writing, after):
             opened = write(tokenizer, turns[:i], writing, reply_next=True)
             found.append((len(commonprefix([opened, prompt])), len(after)))  # noqa: RUF071 - of characters
     return prompt, found

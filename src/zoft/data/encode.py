@@ -153,9 +153,10 @@ class Encoder:
         prompt = write(self._tokenizer, turns, writing, reply_next=True)
         if reply is None:
             return self._ids(prompt), [self._end]
-        if not is_written(self._tokenizer, [*turns, reply], writing):
+        text = write(self._tokenizer, [*turns, reply], writing)
+        if not is_written(self._tokenizer, [*turns, reply], writing, text):
             raise UserError(f"the chat template writes no {'tool_calls' if reply.get('tool_calls') else 'reply'}")
-        ids = self._ids(write(self._tokenizer, [*turns, reply], writing))
+        ids = self._ids(text)
         ended = ids[-1] in self._tokenizer.added_tokens_decoder  # by the template
         return self._part(prompt, [ids if ended else ids + self._end])
 

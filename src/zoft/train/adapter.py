@@ -18,7 +18,9 @@ from zoft.optim import ZeroOrder
 from zoft.optim.layers import selected
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # V [d_in, r] and C [d_out, r], float32, by the layer's name
-MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}  # of their `out_proj` PEFT loads no adapter
+# Layers that PEFT loads no adapter of, by the model's type: it refuses Mamba's, and does not find the others by name.
+NOT_LOADED = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("*.out_proj",))
+NOT_LOADED |= {"git": ("output",), "laguna": ("*.shared_experts.*",)}
 
 
 def save_adapter(optimizer: ZeroOrder, folder: Path) -> None:
@@ -47,7 +49,8 @@ def write_lora(folder: Path, factors: Factors, base: Any, transposed: bool) -> N
     named by their parameters, which it does not.
     """
     experts = _taken_for_experts(base, factors)
-    ranks = {f"{name}.weight" * (name in experts) or name: basis.shape[1] for name, (basis, _) in factors.items()}
+    named = {name: f"{name}.weight" if name in experts else name for name in factors}
+    ranks = {named[name]: basis.shape[1] for name, (basis, _) in factors.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     different = {name: r for name, r in ranks.items() if r != rank}
     config = LoraConfig(
@@ -56,7 +59,7 @@ def write_lora(folder: Path, factors: Factors, base: Any, transposed: bool) -> N
         rank_pattern=different,
         alpha_pattern=different,
         target_modules=sorted(factors.keys() - experts),
-        target_parameters=sorted(f"{name}.weight" for name in experts) or None,
+        target_parameters=sorted(named[name] for name in experts) or None,
         fan_in_fan_out=transposed,
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=getattr(base, "name_or_path", None),
@@ -74,7 +77,7 @@ def write_lora(folder: Path, factors: Factors, base: Any, transposed: bool) -> N
 
 def not_loaded(model: Any) -> tuple[str, ...]:
     """Patterns of the layers of `model` that PEFT loads no adapter of."""
-    return ("*.out_proj",) if getattr(getattr(model, "config", None), "model_type", None) in MAMBA else ()
+    return NOT_LOADED.get(getattr(getattr(model, "config", None), "model_type", ""), ())
 
 
 def _taken_for_experts(base: Any, names: Iterable[str]) -> set[str]:
