@@ -13,6 +13,7 @@ from zoft.optim import Guided, Loss, NoStream
 
 from .guidance import (
     BUILDERS,
+    NEGLECTED,
     closure_of,
     detached,
     error,
@@ -39,7 +40,7 @@ def test_it_is_the_gradient_with_the_pattern_of_attention_fixed(
     optimizer, closure = Guided(model, rank=64, attention=attention), closure_of(model, token_batch())
     found = estimated(optimizer, closure)
     optimizer.branches.detach()
-    with detached(model, ("mlp",)) if name == "mixtral" else nullcontext(), fixed_pattern(attention):
+    with detached(model, NEGLECTED[name]) if name in NEGLECTED else nullcontext(), fixed_pattern(attention):
         expected = gradient(optimizer, closure)
     stream = stream_of(model)
     within = [m.name for w in stream.writers if w.feed_forward for m in w.feed_forward.inner]

@@ -50,6 +50,15 @@ def test_the_stream_may_be_finer_than_what_reads_it(dtype: torch.dtype) -> None:
     assert names(stream_of(model)) == ["backbone.layers.0.mixer.out_proj", "backbone.layers.1.mixer.out_proj"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_norm_of_a_sum_has_no_writer(dtype: torch.dtype) -> None:
+    """Once shared experts were taken for one, times whatever sums of modules that are sums of each other left free."""
+    model = BUILDERS["glm4 moe"]()
+    for layer in model.model.layers:
+        layer.mlp = nn.Sequential(layer.mlp, nn.RMSNorm(SIZES["hidden_size"]))
+    assert [n.rpartition(".")[2] for n in names(stream_of(model.to(dtype)))] == ["o_proj", "down_proj", "o_proj"]
+
+
 @pytest.mark.parametrize("small", ["down_proj", "o_proj"])
 def test_a_writer_that_adds_next_to_nothing_is_found(small: str) -> None:
     """Once its block was taken for one without writers: least squares chose by the share of what is added."""

@@ -162,24 +162,30 @@ def _parts(block: Call, inside: list[Call], maps: dict[str, LinearMap]) -> list[
     for call in sorted(inside, key=lambda call: call.name not in maps):  # of equal outputs, a linear map's is taken
         if call.y.shape == block.y.shape and not any(_same(call.y, other.y) for other in distinct):
             distinct.append(call)
-    if not distinct:
+    # An outer module may add up inner ones: which of them a regression on all takes is left to rounding.
+    inmost = [call for call in distinct if not any(other.name.startswith(f"{call.name}.") for other in distinct)]
+    parts = _summands(block, inmost) or _summands(block, distinct)
+    return sorted(parts, key=lambda part: inside.index(part[0]))
+
+
+def _summands(block: Call, calls: list[Call]) -> list[tuple[Call, float]]:
+    """As few of `calls` as add up to what `block` adds, with their gains."""
+    if not calls:
         return []
     added = (exact(block.y) - exact(block.x)).flatten()
-    outputs = torch.stack([exact(call.y).flatten() for call in distinct], dim=1)
+    outputs = torch.stack([exact(call.y).flatten() for call in calls], dim=1)
     sizes = _least_squares(outputs, added).abs() * outputs.norm(dim=0)
-    finest, coarsest = (torch.finfo(dtype).eps for dtype in (block.y.dtype, distinct[0].y.dtype))  # under autocast
+    finest, coarsest = (torch.finfo(dtype).eps for dtype in (block.y.dtype, calls[0].y.dtype))  # under autocast
     rounding = 2 * (finest * exact(block.y).norm() + max(finest, coarsest) * added.norm())
     order = sizes.argsort(descending=True)
-    for count in range(max(1, int((sizes > 0.02 * added.norm()).sum())), len(distinct) + 1):
+    for count in range(max(1, int((sizes > 0.02 * added.norm()).sum())), len(calls) + 1):
         chosen = order[:count]
         gains = _least_squares(outputs[:, chosen], added)
         if (added - outputs[:, chosen] @ gains).norm() <= rounding:
-            break
-    else:
-        return []
-    gains = torch.where((gains - 1).abs() < 0.02, 1.0, gains)  # rounding is the batch's, and a resumed run sees another
-    found = [(distinct[i], gain) for i, gain in zip(chosen.tolist(), gains.tolist(), strict=True)]
-    return sorted(found, key=lambda part: inside.index(part[0]))
+            # Rounding is the batch's, and a resumed run sees another.
+            gains = torch.where((gains - 1).abs() < 0.02, 1.0, gains)
+            return [(calls[i], gain) for i, gain in zip(chosen.tolist(), gains.tolist(), strict=True)]
+    return []
 
 
 def _feed_forward(
