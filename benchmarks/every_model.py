@@ -3,7 +3,8 @@
     python benchmarks/every_model.py [KIND ...]
 
 A step of AGZO, of ZO-Act and of guided on each, with random weights: probes have to leave the weights as they were, and
-the step the loss finite. For guided, in how many blocks of how many something was found that writes into the stream,
+the step the loss finite. What ZO-Act and guided have learned, saved and loaded with PEFT on the model as it was, has to
+compute the same ("loads"). For guided, in how many blocks of how many something was found that writes into the stream,
 and how many of these writers end a feed-forward part or attention that it knows. Kinds of which no tiny configuration
 could be made are listed with the reason. Writes results/every_model.json, unless kinds are named.
 """
@@ -12,20 +13,25 @@ from __future__ import annotations
 
 import inspect
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from zoft.optim import AGZO, Guided, Loss, NoStream, ZeroOrder, ZOAct, cross_entropy
+from zoft.train.adapter import not_loaded, save_adapter
 from zoft.train.files import write_json
 
 LARGEST = 100_000_000  # parameters
+LR = 0.03  # of coefficients: to be seen beside rounding
 # Whatever of these a configuration has.
 SIZES: list[tuple[Any, str]] = [
     (
@@ -120,37 +126,37 @@ def build(kind: str) -> nn.Module:
 
 def measure(kind: str) -> dict[str, Any]:
     """The row of the table for the models of this kind."""
+    ids = torch.randint(3, 60, (4, 10))
+
+    def loss(model: nn.Module) -> Loss:
+        return cross_entropy(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, ids)
+
     try:
         model = build(kind)
-        ids = torch.randint(3, 60, (4, 10))
-
-        def closure() -> Loss:
-            return cross_entropy(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, ids)
-
         with torch.no_grad():
-            closure()
+            loss(model)
     except Exception as error:  # whatever a configuration made of guesses may raise
         return {"kind": kind, "left_out": f"{type(error).__name__}: {error}".splitlines()[0]}
-    row: dict[str, Any] = {"kind": kind}
-    for name, method in (("agzo", AGZO), ("zo-act", ZOAct), ("guided", Guided)):
+    row: dict[str, Any] = {"kind": kind, "agzo": step(AGZO(model, lr=1e-4), loss)}
+    for name, method in (("zo-act", ZOAct), ("guided", Guided)):
+        optimizer = method(model := build(kind), lr=LR, exclude=not_loaded(model))
         try:
-            row[name] = step(model, closure, method)
+            row[name] = step(optimizer, loss) | {"loads": loads(optimizer, loss, build(kind))}
         except NoStream as error:
             row[name] = {"none": str(error)}
     return row
 
 
-def step(model: nn.Module, closure: Callable[[], Loss], method: Callable[..., ZeroOrder]) -> dict[str, Any]:
-    """One step of `method`: how many of its maps moved, and what guided found."""
-    optimizer = method(model, lr=1e-4)
+def step(optimizer: ZeroOrder, loss: Callable[[nn.Module], Loss]) -> dict[str, Any]:
+    """One step of `optimizer`: how many of its maps moved, and what guided found."""
+    model = optimizer.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer.estimate(closure)
+    optimizer.estimate(partial(loss, model))
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items()), "weights have moved"
     moved = {"moved": len(optimizer.bases), "maps": len(optimizer.maps)}
     optimizer.step()
     with torch.no_grad():
-        assert bool(closure().values.isfinite().all()), "the loss is not finite"
-    optimizer.branches.detach()
+        assert bool(loss(model).values.isfinite().all()), "the loss is not finite"
     if not isinstance(optimizer, Guided):
         return moved
     stream = optimizer.estimator._stream
@@ -161,6 +167,21 @@ def step(model: nn.Module, closure: Callable[[], Loss], method: Callable[..., Ze
     return moved | found | {"writers": len(stream.writers)} | known
 
 
+@torch.no_grad()
+def loads(optimizer: ZeroOrder, loss: Callable[[nn.Module], Loss], fresh: nn.Module) -> bool:
+    """Whether the adapter of `optimizer` does to `fresh` what training has done to the optimizer's model."""
+
+    def losses(model: Any) -> Tensor:
+        return loss(model.eval()).values
+
+    start, learned = losses(fresh), losses(optimizer.model)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(optimizer, Path(folder))
+        found = losses(PeftModel.from_pretrained(fresh, folder))
+    assert not learned.equal(start), "nothing was learned"
+    return bool((found - learned).norm() <= 0.01 * (learned - start).norm())
+
+
 def main(kinds: list[str]) -> None:
     rows = []
     for kind in kinds or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -168,7 +189,9 @@ def main(kinds: list[str]) -> None:
         print(rows[-1], flush=True)
     tried = [row for row in rows if "left_out" not in row]
     guided = [row for row in tried if "none" not in row["guided"]]
+    adapters = [row[name]["loads"] for row in tried for name in ("zo-act", "guided") if "loads" in row[name]]
     counts = {"kinds": len(rows), "tried": len(tried), "guided": len(guided)}
+    counts |= {"adapters": len(adapters), "loaded": sum(adapters)}
     print(counts)
     if not kinds:
         found = {"transformers": tf.__version__, **counts, "rows": rows}

@@ -8,13 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    DeepseekV3Config,
-    GptOssConfig,
     Llama4TextConfig,
-    MixtralConfig,
     PhimoeConfig,
-    PreTrainedModel,
-    Qwen3MoeConfig,
 )
 
 from zoft.bench.gradient import gradient_of, slope, true_gradients
@@ -22,35 +17,15 @@ from zoft.optim import AGZO, LOZO, Guided, Loss, MeZO, ZOAct, cross_entropy
 from zoft.optim.experts import Expert, find_experts
 from zoft.optim.layers import find_linear_maps
 
+from .mixtures import CONFIGS, model_of
 from .models import GROUPED, build, changed, closure_of, snapshot, token_batch, token_losses
 
-ROUTED: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
-LATENT: dict[str, Any] = {"kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-CONFIGS: dict[str, Callable[..., Any]] = {
-    "Mixtral": lambda: MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
-    "Qwen3 MoE": lambda: Qwen3MoeConfig(**GROUPED, **ROUTED, num_experts=4, head_dim=8, decoder_sparse_step=1),
-    "GPT-OSS": lambda: GptOssConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=8),
-    "DeepSeek-V3": lambda: DeepseekV3Config(
-        **{**GROUPED, **ROUTED, **LATENT, "num_key_value_heads": 4},
-        n_routed_experts=4,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=0,
-        q_lora_rank=None,
-    ),
-}
 OTHERS: dict[str, Callable[..., Any]] = {  # whose routers are linear layers with a forward of their own
     "Llama 4": lambda: Llama4TextConfig(**GROUPED, num_local_experts=4, intermediate_size_mlp=48, head_dim=8),
     "PhiMoE": lambda: PhimoeConfig(**GROUPED, num_local_experts=4),
 }
 every_model = pytest.mark.parametrize("name", CONFIGS)
 each_way = pytest.mark.parametrize("way", ["eager", "grouped_mm"])
-
-
-def model_of(name: str, way: str = "grouped_mm") -> PreTrainedModel:
-    config = CONFIGS[name]()
-    config._experts_implementation = way
-    return build(config)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -162,9 +137,26 @@ def test_what_is_no_expert_s_matrix_alone_is_dense() -> None:
     assert fused <= {id(p) for p in MeZO(model).dense.values()}
 
 
-def test_coefficients_leave_experts_alone() -> None:
-    model = model_of("Mixtral")
-    assert not any(m.fused is not None for m in ZOAct(model).maps)
+@each_way
+@every_model
+def test_coefficients_of_experts_are_beside_their_weights(name: str, way: str) -> None:
+    """The model with them computes what it would with their products in the weights."""
+    model, start = model_of(name, way), logits(model_of(name, way))
+    optimizer, before = ZOAct(model, lr=0.1, rank=2, include=["*.experts.*"]), snapshot(model)
+    optimizer.step(closure_of(model, token_batch()))
+    learned = logits(model)
+    assert changed(model, before) == set() and not torch.allclose(learned, start, atol=1e-2)
+    optimizer.branches.detach()
+    assert torch.equal(logits(model), start)
+    for layer in optimizer.branches.active:
+        assert layer.weight is not None
+        update = optimizer.coefficients[layer.name] @ optimizer.bases[layer.name].t()
+        layer.weight.add_(update.t() if layer.transposed else update)
+    torch.testing.assert_close(logits(model), learned, rtol=1e-4, atol=1e-5)
+
+
+def test_guided_does_not_reach_experts() -> None:
+    assert not any(m.fused is not None for m in Guided(model_of("Mixtral")).maps)
 
 
 def test_an_error_in_the_forward_closes_what_was_open() -> None:

@@ -129,7 +129,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 exclude=exclude,
                 linear=linear,
                 embeddings=subspace.embeddings,
-                experts=not self.keeps_coefficients,  # those of experts have no form that PEFT loads
+                experts=isinstance(self.estimator, Probes),  # no other estimate reaches them
             )
         if isinstance(subspace, Full) or others == "gaussian":
             self.dense = other_parameters(model, self.maps, include=include, exclude=exclude)

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType, TaskType
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
-from torch import Tensor
 
 from zoft.errors import UserError
 from zoft.optim import ZeroOrder
 from zoft.optim.layers import selected
+from zoft.train.stacks import Factors, stacked, unstacked
 
-Factors = dict[str, tuple[Tensor, Tensor]]  # V [d_in, r] and C [d_out, r], float32, by the layer's name
 # Layers that PEFT loads no adapter of, by the model's type: it refuses Mamba's, and does not find the others by name.
 NOT_LOADED = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("*.out_proj",))
 NOT_LOADED |= {"git": ("output",), "laguna": ("*.shared_experts.*",)}
@@ -38,7 +38,7 @@ def save_adapter(optimizer: ZeroOrder, folder: Path) -> None:
     refused = not_loaded(optimizer.model)
     if names := [name for name in factors if selected(name, refused, ())] if refused else []:
         raise UserError(f"PEFT loads no adapter of {names[0]!r}: leave such layers out with exclude={refused}")
-    write_lora(folder, factors, optimizer.model, any(m.transposed for m in optimizer.maps))
+    write_lora(folder, factors, optimizer.model, any(m.transposed and m.fused is None for m in optimizer.maps))
 
 
 def write_lora(folder: Path, factors: Factors, base: Any, transposed: bool) -> None:
@@ -46,11 +46,13 @@ def write_lora(folder: Path, factors: Factors, base: Any, transposed: bool) -> N
 
     A layer with another rank than most (too few tokens, or too narrow an input) has its own in ``rank_pattern``.
     `transposed` says that the layers keep their weights [d_in, d_out]. Layers that PEFT would take for experts are
-    named by their parameters, which it does not.
+    named by their parameters, which it does not; experts that share a parameter are one entry, of their largest rank.
     """
-    experts = _taken_for_experts(base, factors)
-    named = {name: f"{name}.weight" if name in experts else name for name in factors}
-    ranks = {named[name]: basis.shape[1] for name, (basis, _) in factors.items()}
+    stacks = stacked(base, factors)
+    layers = {name: pair for name, pair in factors.items() if name.rpartition(".")[0] not in stacks}
+    taken = _taken_for_experts(base, layers)
+    ranks = {f"{name}.weight" if name in taken else name: basis.shape[1] for name, (basis, _) in layers.items()}
+    ranks |= {name: stack.rank for name, stack in stacks.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     different = {name: r for name, r in ranks.items() if r != rank}
     config = LoraConfig(
@@ -58,18 +60,18 @@ def write_lora(folder: Path, factors: Factors, base: Any, transposed: bool) -> N
         lora_alpha=rank,
         rank_pattern=different,
         alpha_pattern=different,
-        target_modules=sorted(factors.keys() - experts),
-        target_parameters=sorted(named[name] for name in experts) or None,
+        target_modules=sorted(layers.keys() - taken),
+        target_parameters=sorted(ranks.keys() - layers.keys()) or None,
         fan_in_fan_out=transposed,
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=getattr(base, "name_or_path", None),
         inference_mode=True,
     )
     tensors = {}
-    for name, (basis, factor) in factors.items():
-        prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = basis.t().cpu().clone(memory_format=torch.contiguous_format)
-        tensors[f"{prefix}.lora_B.weight"] = factor.cpu().clone(memory_format=torch.contiguous_format)
+    rows = {name: (basis.t(), factor) for name, (basis, factor) in layers.items()}
+    for name, (down, up) in (rows | {stack.wrapper: (stack.down, stack.up) for stack in stacks.values()}).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.cpu().clone(memory_format=torch.contiguous_format)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.cpu().clone(memory_format=torch.contiguous_format)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
@@ -85,13 +87,9 @@ def _taken_for_experts(base: Any, names: Iterable[str]) -> set[str]:
 
     It then adapts the experts, and loses the layers (https://github.com/huggingface/peft/issues/3711).
     """
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
-    except ImportError:  # an earlier PEFT, which takes names as they are
-        return set()
     config = LoraConfig(target_modules=list(names))
     try:
-        convert(config, base, None)
+        convert_peft_config_for_transformers(config, base, None)
     except ValueError:  # only some of what it would make an expert of is there
         return set(names)
     return set(names) - set(config.target_modules or ())
@@ -115,9 +113,13 @@ def take_apart(adapted: PeftModel) -> tuple[Any, Factors]:
         if isinstance(layer, LoraLayer):
             down: Any = layer.lora_A
             up: Any = layer.lora_B
+            inner = name.replace(".base_layer", "")  # as it is called without the wrappers around it
             for adapter, scale in layer.scaling.items():
-                basis, factor = down[adapter].weight.detach().t(), up[adapter].weight.detach()
-                factors[name] = basis.float().contiguous(), factor.float() * scale
+                rows, factor = down[adapter].weight.detach().float(), up[adapter].weight.detach().float() * scale
+                if isinstance(layer, ParamWrapper) and layer.get_param().dim() == 3:
+                    factors |= unstacked(f"{inner}.{layer.parameter_name}", layer.num_experts, rows, factor)
+                else:
+                    factors[inner] = rows.t().contiguous(), factor
     model: Any = adapted.unload()
     for parameter in model.parameters():  # the adapter has frozen them
         parameter.requires_grad_(parameter.is_floating_point())
@@ -132,6 +134,9 @@ def start_from(optimizer: ZeroOrder, factors: Factors) -> None:
     """
     foreign = factors.keys() - {m.name for m in optimizer.maps}
     if foreign:
-        raise UserError(f"the adapter adds to layer {min(foreign)!r}, which this method does not train")
+        raise UserError(
+            f"the adapter adds to layer {min(foreign)!r}, which this method does not train: exclude fewer layers, or "
+            "take zo-act, which trains all linear layers and experts"
+        )
     optimizer.set_bases({name: basis for name, (basis, _) in factors.items()})
     optimizer.coefficients.update({name: factor for name, (_, factor) in factors.items()})

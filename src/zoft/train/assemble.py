@@ -31,6 +31,7 @@ from zoft.train.models import find_device, load_model, room
 from zoft.train.offload import kept
 from zoft.train.optimizers import AUTO, COEFFICIENTS, build
 from zoft.train.processes import one_after_the_first, require_agreed
+from zoft.train.stacks import stacked
 from zoft.train.stop import Stop
 from zoft.train.task_trainer import TaskTrainer
 from zoft.train.watch import Watch
@@ -105,7 +106,7 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
         return task_closures(model, task_batches(model, tokenizer, task, some, config.batch_size))
 
     texts = task.kind in ("generation", "text") and data["train"].learned >= TEXTS
-    config, measured = settle(config, model, look, texts)
+    config, measured = settle(config, model, look, texts, experts=bool(stacked(model, adapter)))
     if measured is not None and measured.lr is None:
         console.print("the loss does not curve upwards here, so lr cannot be measured: the method's own is taken")
     model, optimizer = build(config, model)

@@ -26,15 +26,16 @@ BATCHING = "probe_batching"
 
 
 def settle(
-    config: TrainConfig, model: Any, look: Callable[[], Sequence[Closure]], texts: bool = False
+    config: TrainConfig, model: Any, look: Callable[[], Sequence[Closure]], texts: bool = False, experts: bool = False
 ) -> tuple[TrainConfig, Diagnosis | None]:
     """`config` without ``auto``, and the measurement behind its lr or eps, if they had to be measured.
 
     The method becomes `guided` if `model` has a residual stream for it to go back along (through attention as well if
-    `texts` are learned, most of whose tokens the loss reads), else `zo-act`, which takes any weights; lr and eps are
-    measured unless they are given. `look` gives the losses of some batches, if they are needed; `model` stays as it is.
-    Where the loss does not curve upwards there is no lr to measure for probes, and the method's own is taken; guided's
-    has its own measure (`zoft.train.rate`). The option probe_batching becomes what is faster.
+    `texts` are learned, most of whose tokens the loss reads), else `zo-act`, which takes any weights, and `experts`
+    that an adapter to go on from adds to. lr and eps are measured unless they are given. `look` gives the losses of
+    some batches, if they are needed; `model` stays as it is. Where the loss does not curve upwards there is no lr to
+    measure for probes, and the method's own is taken; guided's has its own measure (`zoft.train.rate`). The option
+    probe_batching becomes what is faster.
 
     Raises:
         UserError: lr or eps is to be measured, and cannot be, or probe_batching is wanted, and cannot be had.
@@ -46,10 +47,10 @@ def settle(
     if batching:
         config = replace(config, method_options=config.method_options | {BATCHING: False})
         faster = _together_is_faster(config, model, closures[0], wanted=batching != AUTO)
-        config, found = settle(config, model, lambda: closures, texts)
+        config, found = settle(config, model, lambda: closures, texts, experts)
         return replace(config, method_options=config.method_options | {BATCHING: faster}), found
-    if config.method == AUTO:
-        unset: dict[str, Any] = {name: AUTO for name in ("lr", "eps") if getattr(config, name) is None}
+    unset: dict[str, Any] = {name: AUTO for name in ("lr", "eps") if getattr(config, name) is None}
+    if config.method == AUTO and not experts:
         through = {"attention": True} if texts else {}
         guided = replace(config, method="guided", method_options=through | config.method_options)
         try:
@@ -58,7 +59,9 @@ def settle(
         except NotRepeatable:  # through attention
             return settle(config, model, lambda: closures)
         except (NoLinearLayers, NoStream):
-            config = replace(config, method="zo-act", **unset)
+            pass  # probes need neither
+    if config.method == AUTO:
+        config = replace(config, method="zo-act", **unset)
     if AUTO not in (config.lr, config.eps):
         return config, None
     if config.method == "guided" and config.eps != AUTO:

@@ -98,7 +98,8 @@ def learned(name: str, base: str | None = None, rank: int = RANK) -> Learned:
             kept, whole = kept + float(sigma[:rank].square().sum()), whole + float(sigma.square().sum())
     if not factors:
         raise UserError(f"no linear layer of {name} differs from its base")
-    left_out = [n for n in changed if n.removesuffix(".weight") not in factors]
+    covered = {id(m.parameter) for m in find_linear_maps(model, experts=True) if m.name in factors}
+    left_out = [n for n, p in model.named_parameters() if n in changed and id(p) not in covered]
     return Learned(start, factors, kept / whole, left_out)
 
 
@@ -157,9 +158,9 @@ def _reordered(layer: str, rows: Tensor, config: Any) -> Tensor:
 
 
 def _weights(model: Any) -> dict[str, Tensor]:
-    """The weights [d_out, d_in] of the linear layers, as views; without those that are quantized."""
+    """The weights [d_out, d_in] of the linear layers and experts, as views; without those that are quantized."""
     return {
         m.name: m.weight.data.t() if m.transposed else m.weight.data
-        for m in find_linear_maps(model)
+        for m in find_linear_maps(model, experts=True)
         if m.weight is not None
     }
