@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from optim.models import GROUPED, build, changed, snapshot
@@ -83,3 +84,23 @@ def test_auto_goes_on_from_what_experts_have_learned(
     assert zoft("train", run, *few, "--eps", "1e-3", "--out", on).json()["method"] == "zo-act"
     refused = zoft("train", run, *few, "--method", "guided", "--out", tmp_path / "guided")
     assert refused.code == 2 and "take zo-act" in " ".join(refused.err.split())
+
+
+def test_experts_on_the_disk_learn_what_those_in_memory_do(
+    mixture: Path, zoft: Callable[..., Outcome], data: Path, tmp_path: Path
+) -> None:
+    """Once those that are loaded as they are needed stayed still. The run is evaluated, and goes on, from there too."""
+    runs, memory = [tmp_path / "whole", tmp_path / "little"], ["--memory", "1KB"]
+    few = ["--task", "sst2", "--data", data, "--steps", 2, "--batch-size", 8, "--lr", "0.1", "--device", "cpu"]
+    few += ["--method", "zo-act", "--dtype", "float32"]
+    for run, more in zip(runs, ([], memory), strict=True):
+        assert zoft("train", mixture, *few, *more, "--out", run).code == 0
+    whole, little = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    assert sum(".experts." in name for name in whole) == 8 and whole.keys() == little.keys()
+    assert all(torch.equal(whole[name], little[name]) for name in whole)
+
+    there, here = (zoft("eval", runs[1], *more, "--json").json() for more in (memory, []))
+    assert there["accuracy"] == here["accuracy"] and there["loss"] == pytest.approx(here["loss"], rel=1e-5)
+    assert zoft("train", runs[1], *few, *memory, "--out", tmp_path / "on").code == 0
+    refused = zoft("train", runs[1], *few, *memory, "--method", "mezo", "--out", tmp_path / "mezo")
+    assert refused.code == 2 and "leave memory out" in " ".join(refused.err.split())

@@ -27,11 +27,24 @@ _known: weakref.WeakKeyDictionary[nn.Module, Groups] = weakref.WeakKeyDictionary
 class Expert(nn.Module):
     """``y = x W^T`` with ``W = fused[index]``, or its transpose if that is how the matrices lie."""
 
-    def __init__(self, fused: nn.Parameter, index: int, transposed: bool) -> None:
+    def __init__(self, owner: nn.Module, parameter: str, index: int, transposed: bool) -> None:
         super().__init__()
-        self.fused, self.index, self.transposed = fused, index, transposed
-        d_out, d_in = fused.shape[1:]
+        self._owner, self._parameter = weakref.ref(owner), parameter  # a module of its own: not a part of this one
+        self.index, self.transposed = index, transposed
+        d_out, d_in = self.fused.shape[1:]
         self.d_out, self.d_in = (d_in, d_out) if transposed else (d_out, d_in)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the parameter."""
+        owner = self._owner()
+        assert owner is not None
+        return owner
+
+    @property
+    def fused(self) -> Any:
+        """The shared parameter, as it is now: one that is offloaded is another while its module runs."""
+        return getattr(self.owner, self._parameter)
 
     @property
     def watched(self) -> bool:
@@ -57,10 +70,9 @@ def find_experts(model: nn.Module) -> Iterator[tuple[str, Expert]]:
             _known[module] = {}
             _take_apart(module, _known[module])
         for own, parameter in fused.items():
-            group = _known[module].get(own)
-            if group is None or group[0].fused is not parameter:
-                group = _known[module][own] = [Expert(parameter, i, transposed) for i in range(len(parameter))]
-            for expert in group:
+            if own not in _known[module]:
+                _known[module][own] = [Expert(module, own, i, transposed) for i in range(len(parameter))]
+            for expert in _known[module][own]:
                 yield ".".join(part for part in (name, own, str(expert.index)) if part), expert
 
 
@@ -118,7 +130,7 @@ class _Apart(TorchFunctionMode):
         if isinstance(weight, Tensor):
             for group in self._groups.values():
                 fused = group[0].fused
-                if 0 <= weight.data_ptr() - fused.data_ptr() < fused.nbytes:
+                if not fused.is_meta and 0 <= weight.data_ptr() - fused.data_ptr() < fused.nbytes:
                     return group
         return None
 

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from zoft.optim.experts import find_experts
+from zoft.optim.experts import Expert, find_experts
 from zoft.optim.placement import device_of, is_sharded, loaded_parameter
 from zoft.optim.products import WideLinear
 
@@ -52,7 +52,8 @@ class LinearMap:
     @property
     def device(self) -> torch.device:
         """Where it is computed."""
-        return device_of(*self.modules, *self.lookups)
+        owners = [module.owner if isinstance(module, Expert) else module for module in self.modules]
+        return device_of(*owners, *self.lookups)
 
     @property
     def module(self) -> nn.Module:

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from zoft.errors import UserError
 from zoft.optim import ZeroOrder
-from zoft.optim.layers import selected
+from zoft.optim.layers import find_linear_maps, selected
+from zoft.optim.probe import SideBranches
 from zoft.train.stacks import Factors, stacked, unstacked
 
 # Layers that PEFT loads no adapter of, by the model's type: it refuses Mamba's, and does not find the others by name.
@@ -124,6 +125,20 @@ def take_apart(adapted: PeftModel) -> tuple[Any, Factors]:
     for parameter in model.parameters():  # the adapter has frozen them
         parameter.requires_grad_(parameter.is_floating_point())
     return model, factors
+
+
+def runs(model: Any) -> bool:
+    """Whether PEFT can run `model`: what it adds to a parameter, not beside a layer, takes the parameter in place."""
+    return not any(isinstance(module, ParamWrapper) and module.get_param().is_meta for module in model.modules())
+
+
+def beside(model: Any, factors: Factors) -> Any:
+    """`model` with `factors` beside its layers, for good: the same as PEFT's, wherever the weights are."""
+    branches = SideBranches([m for m in find_linear_maps(model, experts=True) if m.name in factors])
+    branches.bases = {m.name: factors[m.name][0].to(m.device) for m in branches.maps}
+    branches.factors = {m.name: factors[m.name][1].to(m.device) for m in branches.maps}
+    branches.attach()
+    return model
 
 
 def start_from(optimizer: ZeroOrder, factors: Factors) -> None:

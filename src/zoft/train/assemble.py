@@ -17,7 +17,7 @@ from zoft.errors import UserError
 from zoft.optim import ZeroOrder
 from zoft.optim.landscape import Closure
 from zoft.optim.ranks import Ranks
-from zoft.train.adapter import Factors, start_from, take_apart
+from zoft.train.adapter import Factors, runs, start_from, take_apart
 from zoft.train.arguments import training_arguments
 from zoft.train.arithmetic import settle_arithmetic
 from zoft.train.auto import BATCHES, settle
@@ -97,6 +97,11 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
     adapter: Factors = {}
     if config.method in (AUTO, *COEFFICIENTS) and isinstance(model, PeftModel):
         model, adapter = take_apart(model)
+    elif not runs(model):
+        raise UserError(
+            "beside offloaded weights, PEFT cannot run what an adapter adds to experts: zo-act goes on from it, or "
+            "leave memory out"
+        )
     encoder = Encoder(tokenizer, task, room(model, task, config.max_length))
     data = {split: TaskDataset(some, encoder) for split, some in rows.items()}
     set_seed(config.seed)

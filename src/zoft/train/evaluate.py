@@ -6,6 +6,7 @@ import tempfile
 from typing import Any
 
 from zoft.data import Encoder, TaskDataset, load_rows, sample
+from zoft.train.adapter import beside, runs, take_apart
 from zoft.train.arguments import training_arguments
 from zoft.train.arithmetic import settle_arithmetic
 from zoft.train.config import TrainConfig
@@ -24,8 +25,11 @@ def evaluate(config: TrainConfig, shots: int = 0) -> dict[str, Any]:
     shown = sample(load_rows(task, config.data, "train"), shots, config.seed) if shots else []
     rows = load_rows(task, config.data, "validation")
     rows = sample(rows, config.eval_examples or len(rows), 0)
+    model: Any
     model, tokenizer = load_model(config.model, **config.loading)
     settle_arithmetic(model, config.compute_dtype)
+    if not runs(model):
+        model = beside(*take_apart(model))
     dataset = TaskDataset(rows, Encoder(tokenizer, task, room(model, task, config.max_length), shown))
     with tempfile.TemporaryDirectory() as folder:
         trainer = TaskTrainer(model, tokenizer, task, training_arguments(config, task, folder), eval_dataset=dataset)

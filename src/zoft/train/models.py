@@ -67,7 +67,8 @@ def load_model(
     tokenizer.padding_side = "left"
     if spread is None:
         model.to(target)
-    model._spread = spread  # deleted with it
+    base: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))  # of an adapter
+    base._spread = spread  # deleted with it
     return model.eval(), tokenizer
 
 
