@@ -25,7 +25,7 @@ OTHERS: dict[str, Callable[..., Any]] = {  # whose routers are linear layers wit
     "PhiMoE": lambda: PhimoeConfig(**GROUPED, num_local_experts=4),
 }
 every_model = pytest.mark.parametrize("name", CONFIGS)
-each_way = pytest.mark.parametrize("way", ["eager", "grouped_mm"])
+each_way = pytest.mark.parametrize("way", ["eager", "grouped_mm", "batched_mm"])
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -159,8 +159,9 @@ def test_guided_does_not_reach_experts() -> None:
     assert not any(m.fused is not None for m in Guided(model_of("Mixtral")).maps)
 
 
-def test_an_error_in_the_forward_closes_what_was_open() -> None:
-    model = model_of("Mixtral")
+@each_way
+def test_an_error_in_the_forward_closes_what_was_open(way: str) -> None:
+    model = model_of("Mixtral", way)
     expected = logits(model)
     optimizer = AGZO(model)
     (experts,) = {m.modules[0] for m in optimizer.maps if m.name == "model.layers.0.mlp.experts.down_proj.0"}
@@ -169,7 +170,7 @@ def test_an_error_in_the_forward_closes_what_was_open() -> None:
     with pytest.raises(ZeroDivisionError):
         logits(model)
     handle.remove()
-    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), expected) and model.config._experts_implementation == way
     before = snapshot(model)
     with pytest.raises(ZeroDivisionError):
         optimizer.step(lambda: 1 / 0)
@@ -177,11 +178,33 @@ def test_an_error_in_the_forward_closes_what_was_open() -> None:
     assert torch.equal(logits(model), expected)
 
 
+class Gathering(nn.Module):
+    """Experts that copy their matrices, in a way of their own."""
+
+    num_experts, is_transposed = 2, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(self.weight[torch.tensor([0, 1])], x.unsqueeze(-1)).squeeze(-1)
+
+
 def test_gathered_weights_are_refused() -> None:
-    model = model_of("Mixtral", "batched_mm")
-    with pytest.raises(ValueError, match=r"gathered before they are used.*grouped_mm"):
-        AGZO(model).step(closure_of(model, token_batch()))
-    AGZO(model, exclude=["*experts*"]).step(closure_of(model, token_batch()))
+    model, x = nn.Sequential(nn.Linear(3, 3), Gathering()), torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"gathered before they are used: exclude=\['\*experts\*'\]"):
+        AGZO(model).step(lambda: model(x).square().mean())
+    AGZO(model, exclude=["1.*"]).step(lambda: model(x).square().mean())
+
+
+def test_a_model_with_coefficients_generates() -> None:
+    """On an accelerator transformers takes batched_mm for that, which was refused."""
+    model, prompt = model_of("Mixtral", "batched_mm"), torch.arange(3, 9).view(1, 6)
+    optimizer = ZOAct(model, lr=0.1, include=["*.experts.*"])
+    optimizer.step(closure_of(model, token_batch()))
+    cached, anew = (model.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, anew) and model.config._experts_implementation == "batched_mm"
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])

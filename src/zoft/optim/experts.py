@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,20 +79,37 @@ def find_experts(model: nn.Module) -> Iterator[tuple[str, Expert]]:
 
 def _take_apart(module: nn.Module, groups: Groups) -> None:
     """Whenever `module` runs while one of its experts is watched, let its products go through them."""
-    open_modes: list[_Apart | None] = []
+    opened: list[ExitStack] = []
 
     def enter(*_: Any) -> None:
-        watched = any(expert.watched for group in groups.values() for expert in group)
-        open_modes.append(_Apart(groups) if watched else None)
-        if (mode := open_modes[-1]) is not None:
-            mode.__enter__()
+        opened.append(ExitStack())
+        if any(expert.watched for group in groups.values() for expert in group):
+            opened[-1].enter_context(_one_by_one(module))
+            opened[-1].enter_context(_Apart(groups))
 
     def leave(*_: Any) -> None:
-        if (mode := open_modes.pop()) is not None:
-            mode.__exit__(None, None, None)
+        opened.pop().close()
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave, always_call=True)
+
+
+@contextmanager
+def _one_by_one(module: nn.Module) -> Iterator[None]:
+    """While open, `module` multiplies in a way that can be taken apart: transformers may have chosen another.
+
+    On an accelerator it takes ``batched_mm``, which copies matrices, for tokens that are generated one by one.
+    """
+    config: Any = getattr(module, "config", None)
+    way = getattr(config, "_experts_implementation", None)
+    other = way not in (None, "eager", "grouped_mm")
+    if other:
+        config._experts_implementation = "grouped_mm"
+    try:
+        yield
+    finally:
+        if other:
+            config._experts_implementation = way
 
 
 class _Apart(TorchFunctionMode):
@@ -110,10 +128,7 @@ class _Apart(TorchFunctionMode):
     ) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dim() and self._group(args[0]):
-            raise ValueError(
-                "the experts' weights are gathered before they are used; load the model with "
-                "experts_implementation='grouped_mm' or 'eager', or exclude=['*experts*']"
-            )
+            raise ValueError("the experts' weights are gathered before they are used: exclude=['*experts*']")
         if len(args) > 1 and name in (*PRODUCTS, *GROUPED) and (group := self._group(args[1])):
             x, weight = args[:2]
             if name in GROUPED:
