@@ -127,7 +127,7 @@ def take_apart(adapted: PeftModel) -> tuple[Any, Factors]:
     return model, factors
 
 
-def runs(model: Any) -> bool:
+def peft_runs(model: Any) -> bool:
     """Whether PEFT can run `model`: what it adds to a parameter, not beside a layer, takes the parameter in place."""
     return not any(isinstance(module, ParamWrapper) and module.get_param().is_meta for module in model.modules())
 

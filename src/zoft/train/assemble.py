@@ -15,9 +15,10 @@ from transformers.trainer_utils import set_seed
 from zoft.data import Encoder, Row, Task, TaskDataset, hold_out, load_rows, sample
 from zoft.errors import UserError
 from zoft.optim import ZeroOrder
+from zoft.optim.experts import find_experts
 from zoft.optim.landscape import Closure
 from zoft.optim.ranks import Ranks
-from zoft.train.adapter import Factors, runs, start_from, take_apart
+from zoft.train.adapter import Factors, peft_runs, start_from, take_apart
 from zoft.train.arguments import training_arguments
 from zoft.train.arithmetic import settle_arithmetic
 from zoft.train.auto import BATCHES, settle
@@ -31,7 +32,6 @@ from zoft.train.models import find_device, load_model, room
 from zoft.train.offload import kept
 from zoft.train.optimizers import AUTO, COEFFICIENTS, build
 from zoft.train.processes import one_after_the_first, require_agreed
-from zoft.train.stacks import stacked
 from zoft.train.stop import Stop
 from zoft.train.task_trainer import TaskTrainer
 from zoft.train.watch import Watch
@@ -97,7 +97,7 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
     adapter: Factors = {}
     if config.method in (AUTO, *COEFFICIENTS) and isinstance(model, PeftModel):
         model, adapter = take_apart(model)
-    elif not runs(model):
+    elif not peft_runs(model):
         raise UserError(
             "beside offloaded weights, PEFT cannot run what an adapter adds to experts: zo-act goes on from it, or "
             "leave memory out"
@@ -111,7 +111,8 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
         return task_closures(model, task_batches(model, tokenizer, task, some, config.batch_size))
 
     texts = task.kind in ("generation", "text") and data["train"].learned >= TEXTS
-    config, measured = settle(config, model, look, texts, experts=bool(stacked(model, adapter)))
+    experts = any(name in adapter for name, _ in find_experts(model))
+    config, measured = settle(config, model, look, texts, experts)
     if measured is not None and measured.lr is None:
         console.print("the loss does not curve upwards here, so lr cannot be measured: the method's own is taken")
     model, optimizer = build(config, model)

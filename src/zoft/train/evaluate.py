@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 from zoft.data import Encoder, TaskDataset, load_rows, sample
-from zoft.train.adapter import beside, runs, take_apart
+from zoft.train.adapter import beside, peft_runs, take_apart
 from zoft.train.arguments import training_arguments
 from zoft.train.arithmetic import settle_arithmetic
 from zoft.train.config import TrainConfig
@@ -28,7 +28,7 @@ def evaluate(config: TrainConfig, shots: int = 0) -> dict[str, Any]:
     model: Any
     model, tokenizer = load_model(config.model, **config.loading)
     settle_arithmetic(model, config.compute_dtype)
-    if not runs(model):
+    if not peft_runs(model):
         model = beside(*take_apart(model))
     dataset = TaskDataset(rows, Encoder(tokenizer, task, room(model, task, config.max_length), shown))
     with tempfile.TemporaryDirectory() as folder:
