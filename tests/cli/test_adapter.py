@@ -79,3 +79,37 @@ def test_lora_adds_no_second_one(adapter: Path, zoft: Callable[..., Outcome], da
     done = zoft("train", adapter, "--method", "lora", "--task", "sst2", "--data", data, "--out", tmp_path / "second")
     assert done.code == 2
     assert "the model is an adapter already: fo-adamw trains it" in done.err
+
+
+def test_what_is_measured_of_it_is_measured_of_what_it_makes(
+    adapter: Path, zoft: Callable[..., Outcome], model: Path, data: Path, tmp_path: Path
+) -> None:
+    """By ``zoft align`` and ``zoft doctor``, in the weights that it is merged into as beside them."""
+    assert zoft("export", adapter, "--to", "merged", "--out", tmp_path / "merged").code == 0
+    rows = ["--task", "sst2", "--data", data, "--batch-size", 4, "--dtype", "float32", "--device", "cpu", "--json"]
+    cosines, energies, slopes = [], [], []
+    for place in (adapter, tmp_path / "merged", model):
+        found = zoft("align", place, *rows, "--methods", "agzo,guided", "--estimates", 3).json()["methods"]
+        cosines.append([found[method]["cosine_mean"] for method in found])
+        found = zoft("doctor", place, *rows, "--method", "zo-act", "--directions", 2, "--gradient").json()
+        energies.append([*found["captured_energy"].values()])
+        slopes.append(found["slope"])
+    for figures in (cosines, energies):
+        assert figures[0] == pytest.approx(figures[1], rel=1e-3) != pytest.approx(figures[2], rel=1e-3)
+    assert slopes[0] != pytest.approx(slopes[2], rel=1e-3)
+
+
+def test_other_methods_are_measured_on_its_own_parameters(
+    adapter: Path, zoft: Callable[..., Outcome], data: Path
+) -> None:
+    rows = ["--task", "sst2", "--data", data, "--batch-size", 4, "--directions", 2, "--json"]
+    for method in ("agzo", "mezo"):
+        assert zoft("doctor", adapter, *rows, "--method", method).json()["slope"] > 0
+
+
+def test_its_cost_is_that_of_the_model_it_adds_to(adapter: Path, zoft: Callable[..., Outcome]) -> None:
+    few = ["--methods", "zo-act,mezo,lora", "--lengths", 16, "--device", "cpu", "--json"]
+    points = zoft("bench", "memory", adapter, *few).json()["points"]
+    assert [point["failed"] for point in points] == [None] * 5
+    timed = zoft("bench", "step", adapter, "--method", "agzo,zo-act", "--repeats", 2, "--device", "cpu", "--json")
+    assert timed.json()["methods"].keys() == {"agzo", "zo-act"}

@@ -93,6 +93,17 @@ def test_writers_are_refused_beside_weights_saved_quantized(
     assert done.code == 2 and f"method {method}" in done.err and "cannot be written" in done.err
 
 
+@pytest.mark.parametrize("command", ["align", "doctor"])
+def test_there_is_no_gradient_to_compare_with(
+    command: str, zoft: Callable[..., Outcome], model: Path, data: Path
+) -> None:
+    rows = ["--task", "sst2", "--data", data, "--batch-size", 4, "--dtype", "int8"]
+    own = ["--methods", "zo-act"] if command == "align" else ["--method", "zo-act", "--directions", 2, "--gradient"]
+    done = zoft(command, model, *rows, *own)
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "has a quantized weight, which has no gradient: load it with dtype float32" in done.err
+
+
 def test_the_package_that_is_missing_is_named(train: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else find(name))

@@ -8,6 +8,7 @@ import torch
 
 from optim.models import llama, token_batch
 from zoft.optim import Loss, cross_entropy
+from zoft.optim.layers import find_linear_maps
 from zoft.train.auto import settle
 from zoft.train.config import TrainConfig
 
@@ -35,3 +36,21 @@ def test_texts_are_learned_through_attention_where_blocks_can_run_again(
     config, _ = settle(TrainConfig("tiny"), model, lambda: [closure_of(model)], texts)
     assert (config.method, config.method_options["attention"]) == ("guided", through)
     assert isinstance(config.lr, float)
+
+
+@pytest.mark.parametrize("method", ["auto", "guided"])
+def test_the_rate_is_measured_where_an_adapter_has_come(method: str) -> None:
+    model, generator = llama(), torch.Generator().manual_seed(0)
+    maps = [m for m in find_linear_maps(model) if m.name != "lm_head"]
+    adapter = {
+        m.name: (torch.randn(m.d_in, 2, generator=generator), torch.randn(m.d_out, 2, generator=generator))
+        for m in maps
+    }
+    wanted = TrainConfig("tiny", method=method, lr="auto")
+    before, start = (
+        settle(wanted, model, lambda: [closure_of(model)], adapter=known)[0].lr for known in (None, adapter)
+    )
+    for m in maps:
+        basis, factor = adapter[m.name]
+        m.weight.data.add_(factor @ basis.t())
+    assert start == settle(wanted, model, lambda: [closure_of(model)])[0].lr != before

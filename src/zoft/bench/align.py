@@ -22,9 +22,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft.bench.gradient import Closure, Gradients, dense_products, gradient_of, true_gradients
+from zoft.bench.gradient import (
+    Closure,
+    Gradients,
+    dense_products,
+    gradient_of,
+    layers_with_gradients,
+    true_gradients,
+)
 from zoft.optim import Estimate, LinearMap, ZeroOrder
-from zoft.optim.layers import find_linear_maps
 
 
 @dataclass
@@ -60,8 +66,11 @@ def align(
 
     The model, its gradients included, is not changed. `closures` return the mean loss of their batch; `methods` make
     an optimizer for the model. The gradient takes as much memory as the model's weights.
+
+    Raises:
+        ValueError: the model has no linear layer, or one whose weight is quantized.
     """
-    maps = [m for m in find_linear_maps(model, experts=True) if m.weight is not None]
+    maps = layers_with_gradients(model)
     found = {name: Alignment() for name in methods}
     optimizers = {name: make(model) for name, make in methods.items()}  # for all batches, so that no noise recurs
     for optimizer in optimizers.values():

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from zoft.bench.gradient import Closure, gradient_of, true_gradients
+from zoft.bench.gradient import Closure, gradient_of, layers_with_gradients, true_gradients
 from zoft.optim.capture import Basis, captured, leading_basis
-from zoft.optim.layers import LinearMap, find_linear_maps
+from zoft.optim.layers import LinearMap
 
 
 def captured_energy(model: nn.Module, closure: Closure, ranks: Sequence[int]) -> dict[int, float]:
@@ -17,9 +17,12 @@ def captured_energy(model: nn.Module, closure: Closure, ranks: Sequence[int]) ->
     input activations, by rank.
 
     Takes a forward and a backward pass, and as much memory for the gradient as the weights have.
+
+    Raises:
+        ValueError: the model has no linear layer, or one whose weight is quantized.
     """
-    gradients = true_gradients(model, closure)
-    maps = [m for m in find_linear_maps(model, experts=True) if id(m.parameter) in gradients]
+    layers, gradients = layers_with_gradients(model), true_gradients(model, closure)
+    maps = [m for m in layers if id(m.parameter) in gradients]
 
     def extract(layer: LinearMap, rows: Tensor) -> Basis:
         return leading_basis(rows, torch.empty(len(rows), max(ranks)), power_steps=None)

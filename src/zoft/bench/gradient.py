@@ -8,11 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim import Estimate, Loss, ZeroOrder
-from zoft.optim.layers import LinearMap
+from zoft.optim.layers import LinearMap, find_linear_maps
 from zoft.optim.noise import normal_chunks
 
 Closure = Callable[[], Tensor | Loss]
 Gradients = dict[int, Tensor]
+
+
+def layers_with_gradients(model: nn.Module) -> list[LinearMap]:
+    """The linear layers and experts of `model`.
+
+    Raises:
+        ValueError: there are none, or some are quantized: then the gradient is not that of the whole model.
+    """
+    maps = find_linear_maps(model, experts=True)
+    if quantized := [m.name for m in maps if m.weight is None]:
+        raise ValueError(f"{quantized[0]!r} has a quantized weight, which has no gradient: load it with dtype float32")
+    return maps
 
 
 def true_gradients(model: nn.Module, closure: Closure) -> Gradients:

@@ -23,6 +23,7 @@ from typing import Any
 
 from zoft.bench.process import run_zoft
 from zoft.bench.step import Clock, forwards, training_step, with_options
+from zoft.train.adapter import without
 from zoft.train.arithmetic import settle_arithmetic
 from zoft.train.batches import random_batch
 from zoft.train.config import ComputeDtype, TrainConfig
@@ -62,7 +63,7 @@ class Point:
         name, _ = with_options(method)
         first_order = name in FIRST_ORDER
         dtype = TrainConfig(**settings, method=name).weights_dtype if first_order else self.dtype
-        model: Any = load_model(self.model, dtype=dtype, device=self.device)[0]
+        model = without(load_model(self.model, dtype=dtype, device=self.device)[0])
         settings["compute_dtype"] = settle_arithmetic(model, self.compute_dtype)
         batch = random_batch(model, self.batch_size, self.length, texts=self.texts)
         clock = Clock(model.device)

@@ -44,6 +44,8 @@ def align(
 ) -> None:
     """Measure the cosine between each method's estimate and the true gradient of the linear layers.
 
+    An adapter is added to the weights first.
+
     zoft align demo --task sst2 --methods agzo,mezo --plot cosine.png
     """
     if not task:
@@ -52,6 +54,7 @@ def align(
     from zoft.bench import align as run
     from zoft.data import load_rows, load_task, sample
     from zoft.train import load_model, task_batches, task_closures
+    from zoft.train.export import merged
 
     options = parse_options(option or [])
     chosen = _methods(methods, options, {"seed": seed, "lr": 0.0} | ({"eps": eps} if eps is not None else {}))
@@ -59,10 +62,14 @@ def align(
     rows = sample(load_rows(description, data, "train"), batches * batch_size, seed)
     if len(rows) < batches * batch_size:
         raise UserError(f"{batches} batches of {batch_size} need {batches * batch_size} rows; there are {len(rows)}")
-    network, tokenizer = load_model(model, dtype=dtype or "float32", device=device)
+    loaded, tokenizer = load_model(model, dtype=dtype or "float32", device=device)
+    network, _ = merged(loaded)
     closures = task_closures(network, task_batches(network, tokenizer, description, rows, batch_size))
     with console.status("") as status:
-        found = run(network, closures, chosen, estimates, lambda message: status.update(message))
+        try:
+            found = run(network, closures, chosen, estimates, lambda message: status.update(message))
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     result = {name: alignment.summary() for name, alignment in found.items()}
     layers = _layers(found) if per_layer else {}

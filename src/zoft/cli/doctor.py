@@ -55,10 +55,11 @@ def doctor(
     from zoft.data import load_rows, sample
     from zoft.report.plots import save_errors
     from zoft.train import TrainConfig, load_model, task_batches, task_closures
+    from zoft.train.adapter import beside
     from zoft.train.arithmetic import settle_arithmetic
     from zoft.train.diagnosis import diagnose
     from zoft.train.memory import peak_memory_bytes
-    from zoft.train.optimizers import zero_order_of
+    from zoft.train.optimizers import to_train, zero_order_of
 
     common.require_plot(plot)
     config = TrainConfig.load(
@@ -82,22 +83,23 @@ def doctor(
     rows = sample(load_rows(description, config.data, "train"), 8 * batch_size, seed)
     if len(rows) < 2 * batch_size:
         raise UserError(f"two batches of {batch_size} need {2 * batch_size} rows; there are {len(rows)}")
-    network, tokenizer = load_model(model, **config.loading)
-    settle_arithmetic(network, config.compute_dtype)
+    loaded, tokenizer = load_model(model, **config.loading, trainable=True)
+    settle_arithmetic(loaded, config.compute_dtype)
+    network, adapter = to_train(method, loaded)
     closures = task_closures(network, task_batches(network, tokenizer, description, rows, batch_size))
     start = time.perf_counter()
     with console.status(f"probing {directions} directions"):
         try:
-            found = diagnose(network, closures, partial(zero_order_of, config), directions)
+            found = diagnose(network, closures, partial(zero_order_of, config, adapter=adapter), directions)
+            seconds = (time.perf_counter() - start) / found.forwards
+            energy = captured_energy(beside(network, adapter), closures[0], RANKS) if gradient else None
         except ValueError as error:
             raise UserError(f"method {method}: {error}") from error
-    seconds = (time.perf_counter() - start) / found.forwards
     forecast = {
         "seconds_per_forward": round(seconds, 4),
         "seconds": round(2 * steps * seconds, 1),
         "peak_memory_bytes": peak_memory_bytes(network.device),
     }
-    energy = captured_energy(network, closures[0], RANKS) if gradient else None
     if plot is not None:
         save_errors(plot, found.distances, found.errors, f"{method} on {description.title}")
     if as_json:

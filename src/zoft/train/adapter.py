@@ -121,10 +121,17 @@ def take_apart(adapted: PeftModel) -> tuple[Any, Factors]:
                     factors |= unstacked(f"{inner}.{layer.parameter_name}", layer.num_experts, rows, factor)
                 else:
                     factors[inner] = rows.t().contiguous(), factor
-    model: Any = adapted.unload()
-    for parameter in model.parameters():  # the adapter has frozen them
+    return without(adapted), factors
+
+
+def without(model: Any) -> Any:
+    """`model` without its adapter, if it has one."""
+    if not isinstance(model, PeftModel):
+        return model
+    base: Any = model.unload()
+    for parameter in base.parameters():  # the adapter has frozen them
         parameter.requires_grad_(parameter.is_floating_point())
-    return model, factors
+    return base
 
 
 def peft_runs(model: Any) -> bool:

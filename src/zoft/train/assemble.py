@@ -15,10 +15,8 @@ from transformers.trainer_utils import set_seed
 from zoft.data import Encoder, Row, Task, TaskDataset, hold_out, load_rows, sample
 from zoft.errors import UserError
 from zoft.optim import ZeroOrder
-from zoft.optim.experts import find_experts
 from zoft.optim.landscape import Closure
 from zoft.optim.ranks import Ranks
-from zoft.train.adapter import Factors, peft_runs, start_from, take_apart
 from zoft.train.arguments import training_arguments
 from zoft.train.arithmetic import settle_arithmetic
 from zoft.train.auto import BATCHES, settle
@@ -30,7 +28,7 @@ from zoft.train.diagnosis import Diagnosis
 from zoft.train.identity import identity, model_digest
 from zoft.train.models import find_device, load_model, room
 from zoft.train.offload import kept
-from zoft.train.optimizers import AUTO, COEFFICIENTS, build
+from zoft.train.optimizers import build, to_train
 from zoft.train.processes import one_after_the_first, require_agreed
 from zoft.train.stop import Stop
 from zoft.train.task_trainer import TaskTrainer
@@ -94,14 +92,7 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
         console.print(f"{kept(model)} of the weights stay in place, the rest is loaded as it is needed")
     config = replace(config, compute_dtype=settle_arithmetic(model, config.compute_dtype))
     digest = model_digest(model)
-    adapter: Factors = {}
-    if config.method in (AUTO, *COEFFICIENTS) and isinstance(model, PeftModel):
-        model, adapter = take_apart(model)
-    elif not peft_runs(model):
-        raise UserError(
-            "beside offloaded weights, PEFT cannot run what an adapter adds to experts: zo-act goes on from it, or "
-            "leave memory out"
-        )
+    model, adapter = to_train(config.method, model)
     encoder = Encoder(tokenizer, task, room(model, task, config.max_length))
     data = {split: TaskDataset(some, encoder) for split, some in rows.items()}
     set_seed(config.seed)
@@ -111,13 +102,10 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
         return task_closures(model, task_batches(model, tokenizer, task, some, config.batch_size))
 
     texts = task.kind in ("generation", "text") and data["train"].learned >= TEXTS
-    experts = any(name in adapter for name, _ in find_experts(model))
-    config, measured = settle(config, model, look, texts, experts)
+    config, measured = settle(config, model, look, texts, adapter)
     if measured is not None and measured.lr is None:
         console.print("the loss does not curve upwards here, so lr cannot be measured: the method's own is taken")
-    model, optimizer = build(config, model)
-    if isinstance(optimizer, ZeroOrder) and adapter:
-        start_from(optimizer, adapter)
+    model, optimizer = build(config, model, adapter)
     run = identity(config, digest, training_rows)
     require_agreed(run)
     checkpoint = last_checkpoint(out, run) if resume else None

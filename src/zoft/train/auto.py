@@ -14,7 +14,9 @@ import torch
 
 from zoft.errors import UserError
 from zoft.optim import EstimateWarning, NoLinearLayers, NoStream, NotRepeatable
+from zoft.optim.experts import find_experts
 from zoft.optim.landscape import Closure
+from zoft.train.adapter import Factors, start_from
 from zoft.train.config import TrainConfig
 from zoft.train.diagnosis import Diagnosis, diagnose
 from zoft.train.optimizers import AUTO, METHODS, loadable, zero_order_of
@@ -26,16 +28,20 @@ BATCHING = "probe_batching"
 
 
 def settle(
-    config: TrainConfig, model: Any, look: Callable[[], Sequence[Closure]], texts: bool = False, experts: bool = False
+    config: TrainConfig,
+    model: Any,
+    look: Callable[[], Sequence[Closure]],
+    texts: bool = False,
+    adapter: Factors | None = None,
 ) -> tuple[TrainConfig, Diagnosis | None]:
     """`config` without ``auto``, and the measurement behind its lr or eps, if they had to be measured.
 
     The method becomes `guided` if `model` has a residual stream for it to go back along (through attention as well if
-    `texts` are learned, most of whose tokens the loss reads), else `zo-act`, which takes any weights, and `experts`
-    that an adapter to go on from adds to. lr and eps are measured unless they are given. `look` gives the losses of
-    some batches, if they are needed; `model` stays as it is. Where the loss does not curve upwards there is no lr to
-    measure for probes, and the method's own is taken; guided's has its own measure (`zoft.train.rate`). The option
-    probe_batching becomes what is faster.
+    `texts` are learned, most of whose tokens the loss reads), else `zo-act`, which takes any weights, and experts that
+    the `adapter` to go on from adds to. lr and eps are measured unless they are given, where training begins. `look`
+    gives the losses of some batches, if they are needed; `model` stays as it is. Where the loss does not curve upwards
+    there is no lr to measure for probes, and the method's own is taken; guided's has its own measure
+    (`zoft.train.rate`). The option probe_batching becomes what is faster.
 
     Raises:
         UserError: lr or eps is to be measured, and cannot be, or probe_batching is wanted, and cannot be had.
@@ -47,17 +53,18 @@ def settle(
     if batching:
         config = replace(config, method_options=config.method_options | {BATCHING: False})
         faster = _together_is_faster(config, model, closures[0], wanted=batching != AUTO)
-        config, found = settle(config, model, lambda: closures, texts, experts)
+        config, found = settle(config, model, lambda: closures, texts, adapter)
         return replace(config, method_options=config.method_options | {BATCHING: faster}), found
     unset: dict[str, Any] = {name: AUTO for name in ("lr", "eps") if getattr(config, name) is None}
-    if config.method == AUTO and not experts:
+    experts = {name for name, _ in find_experts(model)}
+    if config.method == AUTO and not experts & (adapter or {}).keys():
         through = {"attention": True} if texts else {}
         guided = replace(config, method="guided", method_options=through | config.method_options)
         try:
-            lr = _guided_lr(replace(guided, **unset), model, closures[0])
+            lr = _guided_lr(replace(guided, **unset), model, closures[0], adapter)
             return replace(guided, lr=lr, eps=None if config.eps == AUTO else config.eps), None
         except NotRepeatable:  # through attention
-            return settle(config, model, lambda: closures)
+            return settle(config, model, lambda: closures, adapter=adapter)
         except (NoLinearLayers, NoStream):
             pass  # probes need neither
     if config.method == AUTO:
@@ -66,7 +73,7 @@ def settle(
         return config, None
     if config.method == "guided" and config.eps != AUTO:
         try:
-            return replace(config, lr=_guided_lr(config, model, closures[0])), None
+            return replace(config, lr=_guided_lr(config, model, closures[0], adapter)), None
         except ValueError as error:
             raise UserError(f"method guided, lr auto: {error}") from error
     if len(closures) < 2:
@@ -74,7 +81,7 @@ def settle(
             "lr and eps are measured on at least two batches: bring more rows, lower --batch-size, or set both"
         )
     try:
-        found = diagnose(model, closures, partial(zero_order_of, replace(config, lr=0.0, eps=None)))
+        found = diagnose(model, closures, partial(zero_order_of, replace(config, lr=0.0, eps=None), adapter=adapter))
     except ValueError as error:
         raise UserError(f"method {config.method}, lr or eps auto: {error}") from error
     if config.lr == AUTO:
@@ -82,13 +89,15 @@ def settle(
     return replace(config, eps=found.eps if config.eps == AUTO else config.eps), found
 
 
-def _guided_lr(config: TrainConfig, model: Any, closure: Closure) -> Any:
+def _guided_lr(config: TrainConfig, model: Any, closure: Closure, adapter: Factors | None) -> Any:
     """The lr of `config`, measured if it is to be; None where the loss is not finite: then training will say so.
 
     Raises:
         NoLinearLayers, NoStream, NotRepeatable: guided cannot train the model.
     """
     optimizer = METHODS["guided"](model, **loadable("guided", model, config.method_options))
+    if adapter:
+        start_from(optimizer, adapter)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EstimateWarning)

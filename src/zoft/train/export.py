@@ -45,26 +45,36 @@ def merge(name: str, folder: Path, dtype: str = "auto") -> float:
     Raises:
         UserError: the model cannot be loaded, its weights cannot be written, or the folder is taken.
     """
-    model, tokenizer = load_model(name, dtype=dtype, device="cpu")
-    merged: Any = model
-    lost = wanted = 0.0
-    if isinstance(model, PeftModel):
-        merged, factors = take_apart(model)
-        weights = _weights(merged)
-        for layer, (basis, factor) in factors.items():
-            if layer not in weights:
-                raise UserError(f"layer {layer!r} is quantized: its weight cannot take an update")
-            update, before = factor @ basis.t(), weights[layer].to(torch.float32, copy=True)
-            weights[layer].add_(update)
-            lost += float((weights[layer].float() - before - update).square().sum())
-            wanted += float(update.square().sum())
+    adapted, tokenizer = load_model(name, dtype=dtype, device="cpu")
+    model, lost = merged(adapted)
 
     def write(aside: Path) -> None:
-        merged.save_pretrained(aside)
+        model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
 
     write_folder(folder, write)
-    return (lost / wanted) ** 0.5 if wanted else 0.0
+    return lost
+
+
+def merged(model: Any) -> tuple[Any, float]:
+    """`model` with its adapter, if it has one, added to the weights; and what rounding has cost, as in `merge`.
+
+    Raises:
+        UserError: the weights cannot be written.
+    """
+    if not isinstance(model, PeftModel):
+        return model, 0.0
+    plain, factors = take_apart(model)
+    weights = _weights(plain)
+    lost = wanted = 0.0
+    for layer, (basis, factor) in factors.items():
+        if layer not in weights:
+            raise UserError(f"layer {layer!r} is quantized: its weight cannot take an update")
+        update, before = factor @ basis.t(), weights[layer].to(torch.float32, copy=True)
+        weights[layer].add_(update)
+        lost += float((weights[layer].float() - before - update).square().sum())
+        wanted += float(update.square().sum())
+    return plain, (lost / wanted) ** 0.5 if wanted else 0.0
 
 
 def learned(name: str, base: str | None = None, rank: int = RANK) -> Learned:

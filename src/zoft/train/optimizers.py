@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from zoft.errors import UserError
 from zoft.optim import METHODS, ZeroOrder
-from zoft.train.adapter import not_loaded
+from zoft.train.adapter import Factors, not_loaded, peft_runs, start_from, take_apart
 from zoft.train.values import as_type, near_miss
 
 if TYPE_CHECKING:
@@ -91,18 +91,21 @@ def zero_order(name: str, model: Any, options: dict[str, Any]) -> ZeroOrder:
         raise UserError(f"method {name}: {error}") from error
 
 
-def zero_order_of(config: TrainConfig, model: Any) -> ZeroOrder:
-    """The zeroth-order optimizer of `config` for `model`.
+def zero_order_of(config: TrainConfig, model: Any, adapter: Factors | None = None) -> ZeroOrder:
+    """The zeroth-order optimizer of `config` for `model`, beginning with what an `adapter` adds to it.
 
     Raises:
-        UserError: its method is first-order or `AUTO`, or refuses a value, or the model.
+        UserError: its method is first-order or `AUTO`, or refuses a value, the model, or the adapter.
     """
     method_options(config.method, {})
     if config.method in FIRST_ORDER:
         raise UserError(f"{config.method} is first-order: it draws no directions")
     options = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay, "seed": config.seed}
     options |= loadable(config.method, model, config.method_options)
-    return zero_order(config.method, model, options | ({} if config.eps is None else {"eps": config.eps}))
+    optimizer = zero_order(config.method, model, options | ({} if config.eps is None else {"eps": config.eps}))
+    if adapter:
+        start_from(optimizer, adapter)
+    return optimizer
 
 
 def loadable(method: str, model: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -113,17 +116,35 @@ def loadable(method: str, model: Any, options: dict[str, Any]) -> dict[str, Any]
     return options | {"exclude": (*method_options(method, options)["exclude"], *refused)}
 
 
-def build(config: TrainConfig, model: Any) -> tuple[Any, torch.optim.Optimizer]:
-    """The model to train (wrapped, for LoRA) and its optimizer.
+def to_train(method: str, model: Any) -> tuple[Any, Factors]:
+    """What `method` trains of `model`, and the adapter that it begins with.
+
+    Of an adapted model, methods that keep coefficients go on from the adapter's; others train its own parameters.
 
     Raises:
-        UserError: the method refuses a value, or the model.
+        UserError: the method cannot go on from the adapter.
+    """
+    if method in (AUTO, *COEFFICIENTS) and isinstance(model, PeftModel):
+        return take_apart(model)
+    if not peft_runs(model):
+        raise UserError(
+            "beside offloaded weights, PEFT cannot run what an adapter adds to experts: zo-act goes on from it, or "
+            "leave memory out"
+        )
+    return model, {}
+
+
+def build(config: TrainConfig, model: Any, adapter: Factors | None = None) -> tuple[Any, torch.optim.Optimizer]:
+    """The model to train (wrapped, for LoRA) and its optimizer, as `zero_order_of`.
+
+    Raises:
+        UserError: the method refuses a value, the model, or the adapter.
     """
     quantized = getattr(model, "is_quantized", False) and not isinstance(model, PeftModel)
     if quantized and config.method in ("mezo", "fo-sgd", "fo-adamw"):  # the others look at the layers that they train
         raise UserError(f"method {config.method}: {config.model} has quantized weights, which cannot be written")
     if config.method not in FIRST_ORDER:
-        return model, zero_order_of(config, model)
+        return model, zero_order_of(config, model, adapter)
     options: dict[str, Any] = {**config.method_options, "lr": config.lr, "weight_decay": config.weight_decay}
     try:
         if config.method == "lora":

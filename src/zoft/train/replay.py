@@ -7,17 +7,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from safetensors.torch import load
 
 from zoft.errors import UserError
 from zoft.optim import ZeroOrder, obstacle, replay
-from zoft.train.adapter import Factors, save_adapter, start_from, take_apart
+from zoft.train.adapter import save_adapter
 from zoft.train.config import TrainConfig
 from zoft.train.files import write_folder
 from zoft.train.identity import model_digest, require_same, settings
 from zoft.train.models import load_model
-from zoft.train.optimizers import COEFFICIENTS, FIRST_ORDER, build
+from zoft.train.optimizers import FIRST_ORDER, build, to_train
 from zoft.train.steplog import BACK, BASES, LOG, STEP, Log, Step, names_of, read_back, read_log, read_step
 
 
@@ -42,15 +41,11 @@ def rebuild(run: Path, to_step: int | None = None, out: Path | None = None) -> d
     model: Any
     model, tokenizer = load_model(config.model, **config.loading, trainable=True)
     require_same(settings(config) | {"model": model_digest(model)}, log.run, run / LOG)
-    adapter: Factors = {}
-    if config.method in COEFFICIENTS and isinstance(model, PeftModel):
-        model, adapter = take_apart(model)
-    model, optimizer = build(config, model)
+    model, adapter = to_train(config.method, model)
+    model, optimizer = build(config, model, adapter)
     assert isinstance(optimizer, ZeroOrder)
     if (reason := obstacle(optimizer)) is not None:
         raise UserError(f"method {config.method} cannot be replayed: {reason}")
-    if adapter:
-        start_from(optimizer, adapter)
     _take_steps(optimizer, log.until(steps), run / LOG)
 
     def write(aside: Path) -> None:

@@ -38,6 +38,8 @@ def memory(
 ) -> None:
     """Measure each method's peak memory against plain inference on the same batch, every point in its own process.
 
+    Of an adapter, the model that it adds to is taken.
+
     zoft bench memory demo --methods agzo,fo-adamw --plot memory.png
     """
     common.require_plot(plot)

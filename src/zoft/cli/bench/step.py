@@ -43,7 +43,7 @@ def step(
 ) -> None:
     """Time each method's step against two plain forwards of the same batch, in turns and in one process.
 
-    And measure its peak memory, as zoft bench memory does.
+    And measure its peak memory, as zoft bench memory does. Of an adapter, the model that it adds to is taken.
 
     zoft bench step demo --method agzo,mezo-published
     """
@@ -56,6 +56,7 @@ def step(
     from zoft.bench.memory import compare
     from zoft.bench.step import time_steps, with_options
     from zoft.train import load_model
+    from zoft.train.adapter import without
     from zoft.train.arithmetic import settle_arithmetic
     from zoft.train.config import ComputeDtype
     from zoft.train.values import as_type
@@ -65,7 +66,8 @@ def step(
     if "lora" in (with_options(name)[0] for name in names):
         raise UserError("lora changes the model that all methods share here; zoft bench memory has it")
     console = common.console(quiet=as_json)
-    network, tokenizer = load_model(model, dtype=dtype or "auto", device=device)
+    loaded, tokenizer = load_model(model, dtype=dtype or "auto", device=device)
+    network = without(loaded)
     computed = settle_arithmetic(network, arithmetic)
     batch = _batch(network, tokenizer, task, data, batch_size, length or LENGTH, seed, texts)
     facts = {"model": model, "task": task, "batch_size": batch_size, "length": batch["input_ids"].shape[1]}
