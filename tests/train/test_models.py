@@ -11,7 +11,7 @@ import zoft
 from zoft.errors import UserError
 from zoft.train import load_model
 from zoft.train.adapter import save_adapter
-from zoft.train.models import resolve, room
+from zoft.train.models import LENGTH, resolve, room
 
 from .tiny import TOKENIZER, make_model
 
@@ -159,3 +159,12 @@ def test_room() -> None:
         room(model, load_task("squad"), 207)
     with pytest.raises(UserError, match="256"):
         room(model, load_task("gsm8k"))
+
+
+def test_a_model_without_an_end_has_room() -> None:
+    from zoft.data import load_task
+
+    model = make_model()
+    model.config.max_position_embeddings = -1  # as XLNet's is
+    assert room(model, load_task("sst2")) == LENGTH
+    assert room(model, load_task("sst2"), 10 * LENGTH) == 10 * LENGTH

@@ -210,8 +210,9 @@ def room(model: PreTrainedModel, task: Task, length: int | None = None) -> int:
 
 
 def longest(model: PreTrainedModel) -> int | None:
-    """Tokens that the model takes at most; None if it does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Tokens that the model takes at most; None if it does not say, or takes any number."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if positions == -1 else positions  # XLNet's
 
 
 def _demo_file() -> Path:
