@@ -88,18 +88,18 @@ def doctor(
     network, adapter = to_train(method, loaded)
     closures = task_closures(network, task_batches(network, tokenizer, description, rows, batch_size))
     start = time.perf_counter()
-    with console.status(f"probing {directions} directions"):
-        try:
+    try:
+        with console.status(f"probing {directions} directions"):
             found = diagnose(network, closures, partial(zero_order_of, config, adapter=adapter), directions)
-            seconds = (time.perf_counter() - start) / found.forwards
-            energy = captured_energy(beside(network, adapter), closures[0], RANKS) if gradient else None
-        except ValueError as error:
-            raise UserError(f"method {method}: {error}") from error
-    forecast = {
-        "seconds_per_forward": round(seconds, 4),
-        "seconds": round(2 * steps * seconds, 1),
-        "peak_memory_bytes": peak_memory_bytes(network.device),
-    }
+        seconds = (time.perf_counter() - start) / found.forwards
+        forecast = {
+            "seconds_per_forward": round(seconds, 4),
+            "seconds": round(2 * steps * seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes(network.device),
+        }
+        energy = captured_energy(beside(network, adapter), closures[0], RANKS) if gradient else None
+    except ValueError as error:
+        raise UserError(f"method {method}: {error}") from error
     if plot is not None:
         save_errors(plot, found.distances, found.errors, f"{method} on {description.title}")
     if as_json:
