@@ -104,6 +104,17 @@ def test_there_is_no_gradient_to_compare_with(
     assert "has a quantized weight, which has no gradient: load it with dtype float32" in done.err
 
 
+@pytest.mark.parametrize("command", ["align", "export"])
+def test_an_adapter_is_not_added_to_quantized_weights(
+    command: str, train: Callable[..., Outcome], zoft: Callable[..., Outcome], data: Path, tmp_path: Path
+) -> None:
+    assert train("--method", "zo-act").code == 0
+    own = ["--task", "sst2", "--data", data, "--methods", "zo-act", "--batch-size", 4]
+    own = own if command == "align" else ["--to", "merged", "--out", tmp_path / "merged"]
+    done = zoft(command, tmp_path / "run", *own, "--dtype", "int8")
+    assert done.code == 2 and "its weight cannot take an update; unless it was saved so" in done.err
+
+
 def test_the_package_that_is_missing_is_named(train: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else find(name))

@@ -69,7 +69,10 @@ def merged(model: Any) -> tuple[Any, float]:
     lost = wanted = 0.0
     for layer, (basis, factor) in factors.items():
         if layer not in weights:
-            raise UserError(f"layer {layer!r} is quantized: its weight cannot take an update")
+            raise UserError(
+                f"layer {layer!r} is quantized: its weight cannot take an update; unless it was saved so, load it with "
+                "--dtype float32"
+            )
         update, before = factor @ basis.t(), weights[layer].to(torch.float32, copy=True)
         weights[layer].add_(update)
         lost += float((weights[layer].float() - before - update).square().sum())
