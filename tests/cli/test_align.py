@@ -51,3 +51,12 @@ def test_option_of_one_of_the_methods(align: Callable[..., Outcome]) -> None:
 def test_seed(align: Callable[..., Outcome]) -> None:
     one, again, other = (align("--seed", seed, "--json").json()["methods"] for seed in (1, 1, 2))
     assert one == again != other
+
+
+def test_rows_of_your_own(zoft: Callable[..., Outcome], model: Path, data: Path) -> None:
+    few = ("--methods", "agzo", "--estimates", 2, "--batches", 1, "--batch-size", 4, "--json")
+    own = ("--data", data, "--template", "{sentence} It was", "--words", "0=terrible,1=great")
+    named, described = (
+        zoft("align", model, *task, *few).json()["methods"] for task in (("--task", "sst2", "--data", data), own)
+    )
+    assert described == named

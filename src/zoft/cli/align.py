@@ -38,6 +38,9 @@ def align(
         Path | None,
         typer.Option(help="Save a plot here (.png, .svg or .pdf), with --per-layer a second one beside it."),
     ] = None,
+    template: common.Template = None,
+    words: common.Words = None,
+    label: common.Label = None,
     dtype: common.Dtype = "float32",
     device: common.Device = None,
     as_json: common.Json = False,
@@ -48,21 +51,30 @@ def align(
 
     zoft align demo --task sst2 --methods agzo,mezo --plot cosine.png
     """
-    if not task:
-        raise UserError("nothing to align on: give --task NAME (see zoft tasks)")
     common.require_plot(plot)
     from zoft.bench import align as run
-    from zoft.data import load_rows, load_task, sample
-    from zoft.train import load_model, task_batches, task_closures
+    from zoft.data import load_rows, sample
+    from zoft.train import TrainConfig, load_model, task_batches, task_closures
     from zoft.train.export import merged
 
     options = parse_options(option or [])
     chosen = _methods(methods, options, {"seed": seed, "lr": 0.0} | ({"eps": eps} if eps is not None else {}))
-    console, description = common.console(quiet=as_json), load_task(task)
-    rows = sample(load_rows(description, data, "train"), batches * batch_size, seed)
+    config = TrainConfig.load(
+        None,
+        model=model,
+        task=task,
+        data=str(data) if data else None,
+        template=template,
+        words=words,
+        label=label,
+        dtype=dtype,
+        device=device,
+    )
+    console, description = common.console(quiet=as_json), config.load_task()
+    rows = sample(load_rows(description, config.data, "train"), batches * batch_size, seed)
     if len(rows) < batches * batch_size:
         raise UserError(f"{batches} batches of {batch_size} need {batches * batch_size} rows; there are {len(rows)}")
-    loaded, tokenizer = load_model(model, dtype=dtype or "float32", device=device)
+    loaded, tokenizer = load_model(model, **config.loading)
     network, _ = merged(loaded)
     closures = task_closures(network, task_batches(network, tokenizer, description, rows, batch_size))
     with console.status("") as status:
