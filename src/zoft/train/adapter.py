@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, PeftType, TaskType
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
 
 from zoft.errors import UserError
 from zoft.optim import ZeroOrder
@@ -39,15 +40,15 @@ def save_adapter(optimizer: ZeroOrder, folder: Path) -> None:
     refused = not_loaded(optimizer.model)
     if names := [name for name in factors if selected(name, refused, ())] if refused else []:
         raise UserError(f"PEFT loads no adapter of {names[0]!r}: leave such layers out with exclude={refused}")
-    write_lora(folder, factors, optimizer.model, any(m.transposed and m.fused is None for m in optimizer.maps))
+    write_lora(folder, factors, optimizer.model)
 
 
-def write_lora(folder: Path, factors: Factors, base: Any, transposed: bool) -> None:
+def write_lora(folder: Path, factors: Factors, base: Any) -> None:
     """Write `factors`, which `base` was trained with, as a LoRA adapter of rank r and alpha r: a scaling of 1.
 
     A layer with another rank than most (too few tokens, or too narrow an input) has its own in ``rank_pattern``.
-    `transposed` says that the layers keep their weights [d_in, d_out]. Layers that PEFT would take for experts are
-    named by their parameters, which it does not; experts that share a parameter are one entry, of their largest rank.
+    Layers that PEFT would take for experts are named by their parameters, which it does not; experts that share a
+    parameter are one entry, of their largest rank.
     """
     stacks = stacked(base, factors)
     layers = {name: pair for name, pair in factors.items() if name.rpartition(".")[0] not in stacks}
@@ -63,7 +64,7 @@ def write_lora(folder: Path, factors: Factors, base: Any, transposed: bool) -> N
         alpha_pattern=different,
         target_modules=sorted(layers.keys() - taken),
         target_parameters=sorted(ranks.keys() - layers.keys()) or None,
-        fan_in_fan_out=transposed,
+        fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in layers),
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=getattr(base, "name_or_path", None),
         inference_mode=True,

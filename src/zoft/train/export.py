@@ -118,8 +118,7 @@ def learned(name: str, base: str | None = None, rank: int = RANK) -> Learned:
 
 def to_peft(found: Learned, folder: Path) -> None:
     """Save `found` as a LoRA adapter that PEFT loads on the base model."""
-    transposed = any(m.transposed for m in find_linear_maps(found.base))
-    write_folder(folder, lambda aside: write_lora(aside, found.factors, found.base, transposed))
+    write_folder(folder, lambda aside: write_lora(aside, found.factors, found.base))
 
 
 def to_gguf(found: Learned, file: Path) -> None:
