@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from zoft.cli.doctor import _advice
+from zoft.train.diagnosis import Diagnosis
+
 from .conftest import Outcome
 
 
@@ -37,6 +40,15 @@ def test_gradient_energy_and_plot(doctor: Callable[..., Outcome], tmp_path: Path
     energy = doctor("--gradient", "--json").json()["captured_energy"]
     assert [*energy] == ["1", "2", "4", "8", "16"]
     assert 0 < energy["1"] < energy["4"] < energy["16"] <= 1.001
+
+
+@pytest.mark.parametrize("agreement, harm", [(0.5, "above 1e-02 the first step does harm"), (-0.5, None)])
+def test_no_rate_below_zero_is_spoken_of(agreement: float, harm: str | None) -> None:
+    sides: dict[str, list[float]] = {"one-sided": [0.1], "two-sided": [0.1]}
+    found = Diagnosis(1e-3, 2e-4, agreement / 50, 1.0, 100.0, agreement, [1e-3], sides, False, 60)
+    said = " ".join(_advice(found, {"seconds": 1.0, "peak_memory_bytes": 1}, "agzo", 300))
+    assert "--lr 2e-04" in said and "above -" not in said
+    assert "does harm" not in said if harm is None else harm in said
 
 
 def test_options_reach_the_method(doctor: Callable[..., Outcome]) -> None:

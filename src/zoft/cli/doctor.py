@@ -128,10 +128,11 @@ def _advice(found: Diagnosis, forecast: dict[str, Any], method: str, steps: int)
         advice.append("the slope drowns at every eps: the loss is too coarse in this dtype, try --dtype float32")
     if found.agreement < 2 * ENDURING:
         advice.append("slopes of different batches hardly agree: larger batches, or more --directions to be sure of it")
-    if found.lr is not None:
+    if found.lr is not None and found.largest_lr is not None:
+        harm = f"; above {found.largest_lr:.0e} the first step does harm" if found.largest_lr > 0 else ""
         advice.append(
             f"[bold]--lr {found.lr:.0e}[/]: makes progress until batches share {ENDURING:.0%} of a squared slope "
-            f"(now {found.agreement:.0%}); above {found.largest_lr:.0e} the first step does harm"
+            f"(now {found.agreement:.0%}){harm}"
         )
     else:
         advice.append("no lr to advise: the loss does not curve upwards along these directions")
