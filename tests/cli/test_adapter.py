@@ -3,13 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import DeepseekV3Config, FalconH1Config, MambaConfig, PreTrainedConfig
 
 from optim.models import GROUPED, SIZES, build
 from train.tiny import TOKENIZER
+from zoft.train import load_model
 
 from .conftest import Outcome
 
@@ -113,3 +116,41 @@ def test_its_cost_is_that_of_the_model_it_adds_to(adapter: Path, zoft: Callable[
     assert [point["failed"] for point in points] == [None] * 5
     timed = zoft("bench", "step", adapter, "--method", "agzo,zo-act", "--repeats", 2, "--device", "cpu", "--json")
     assert timed.json()["methods"].keys() == {"agzo", "zo-act"}
+
+
+TOKENS = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+
+
+def write_tokens(config: PeftConfig, model: Path, folder: Path) -> Path:
+    """An adapter of virtual tokens."""
+    base: Any = load_model(str(model))[0]
+    get_peft_model(base, config).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_trained_on(
+    kind: type[PeftConfig], zoft: Callable[..., Outcome], model: Path, data: Path, tmp_path: Path
+) -> None:
+    tokens, run = write_tokens(kind(**TOKENS), model, tmp_path / "tokens"), tmp_path / "run"
+    rows = ["--task", "sst2", "--data", data, "--device", "cpu", "--json"]
+    short = ["--steps", 4, "--eval-steps", 2, "--batch-size", 8, "--lr", "0.1", "--eps", "0.01", "--out", run]
+    summary = zoft("train", tokens, *rows, *short, "--method", "mezo").json()
+    assert summary["initial"] == zoft("eval", tokens, *rows).json()["accuracy"]
+    assert summary["best"] == zoft("eval", run, "--json").json()["accuracy"]
+    old, new = (
+        load_file(place / "adapter_model.safetensors")["prompt_embeddings"] for place in (tokens, run / "adapter")
+    )
+    assert old.shape == new.shape and bool((old != new).all())
+    assert zoft("bench", "memory", tokens, "--methods", "agzo", "--lengths", 8, "--device", "cpu").code == 0
+
+
+def test_tokens_that_a_network_has_made_are_not(
+    zoft: Callable[..., Outcome], model: Path, data: Path, tmp_path: Path
+) -> None:
+    config = PrefixTuningConfig(**TOKENS, prefix_projection=True, encoder_hidden_size=8)
+    tokens = write_tokens(config, model, tmp_path / "tokens")
+    done = zoft("train", tokens, "--task", "sst2", "--data", data, "--method", "mezo", "--out", tmp_path / "run")
+    assert done.code == 2 and "is not saved with them: it cannot be trained" in done.err
+    assert zoft("eval", tokens, "--task", "sst2", "--data", data).code == 0

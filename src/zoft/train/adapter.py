@@ -129,7 +129,7 @@ def without(model: Any) -> Any:
     """`model` without its adapter, if it has one."""
     if not isinstance(model, PeftModel):
         return model
-    base: Any = model.unload()
+    base: Any = model.get_base_model() if model.active_peft_config.is_prompt_learning else model.unload()
     for parameter in base.parameters():  # the adapter has frozen them
         parameter.requires_grad_(parameter.is_floating_point())
     return base

@@ -105,11 +105,28 @@ def _read(place: str, weights: dict[str, Any], trainable: bool) -> tuple[Any, Pr
         return model, AutoTokenizer.from_pretrained(place, **OWN_CODE), info["missing_keys"]
     from peft import PeftConfig, PeftModel
 
-    base = PeftConfig.from_pretrained(place).base_model_name_or_path
-    model, tokenizer, missing = _read(resolve(str(base)), weights, trainable)
+    config = PeftConfig.from_pretrained(place)
+    model, tokenizer, missing = _read(resolve(str(config.base_model_name_or_path)), weights, trainable)
     if "device_map" in weights:
         return add_adapter(model, place, trainable), tokenizer, missing
-    return PeftModel.from_pretrained(model, place, is_trainable=trainable), tokenizer, missing
+    tokens = trainable and config.is_prompt_learning
+    adapted = PeftModel.from_pretrained(model, place, is_trainable=trainable and not tokens)
+    if tokens:
+        _train_tokens(adapted)
+    return adapted, tokenizer, missing
+
+
+def _train_tokens(adapted: Any) -> None:
+    """Have the virtual tokens of `adapted` trained, which PEFT does with none that it has loaded.
+
+    Raises:
+        UserError: a network has made them, which is not saved with them.
+    """
+    config = adapted.active_peft_config
+    if config.peft_type not in ("PROMPT_TUNING", "PREFIX_TUNING") or getattr(config, "prefix_projection", False):
+        raise UserError("what this adapter's virtual tokens were made by is not saved with them: it cannot be trained")
+    config.inference_mode = False  # they are read as a module's output then, and a probe reaches them
+    adapted.prompt_encoder.requires_grad_(True)
 
 
 def _folder_of_its_own(parent: Path) -> tempfile.TemporaryDirectory[str]:
