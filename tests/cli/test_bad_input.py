@@ -230,3 +230,25 @@ def test_half_a_launch(train: Callable[..., Outcome]) -> None:
 
 def test_report_of_no_run(zoft: Callable[..., Outcome], tmp_path: Path) -> None:
     assert_refused(zoft("report", tmp_path), "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["train", "--steps", 2], "no estimate so far had a finite loss"),
+        (["train", "--method", "zo-act", "--lr", "auto"], "the loss is not finite: there is nothing to measure"),
+        (["align", "--methods", "agzo,guided", "--estimates", 2, "--batches", 1], "the loss is not finite, and has no"),
+        (["doctor", "--directions", 2], "the loss is not finite: there is nothing to measure"),
+    ],
+)
+def test_weights_that_are_no_numbers(
+    command: list[Any], message: str, zoft: Callable[..., Outcome], data: Path, tmp_path: Path
+) -> None:
+    broken: Any = make_model()
+    broken.model.layers[0].mlp.down_proj.weight.data.fill_(float("nan"))
+    for part in (broken, TOKENIZER):
+        part.save_pretrained(tmp_path / "broken")
+    name, *own = command
+    out = ["--out", tmp_path / "run"] if name == "train" else []
+    done = zoft(name, tmp_path / "broken", "--task", "sst2", "--data", data, "--batch-size", 4, *own, *out)
+    assert done.code == 2 and "Traceback" not in done.err and message in done.err.splitlines()[-1]

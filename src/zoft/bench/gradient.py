@@ -28,11 +28,17 @@ def layers_with_gradients(model: nn.Module) -> list[LinearMap]:
 
 
 def true_gradients(model: nn.Module, closure: Closure) -> Gradients:
-    """The gradient of every parameter that has one, float32 on its device, by the parameter's identity."""
+    """The gradient of every parameter that has one, float32 on its device, by the parameter's identity.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.enable_grad():
         loss = closure()
         values = loss.values if isinstance(loss, Loss) else loss
+        if not bool(values.isfinite().all()):
+            raise ValueError("the loss is not finite, and has no gradient")
         gradients = torch.autograd.grad(values.float().mean(), parameters, allow_unused=True)
     return {id(p): g.float() for p, g in zip(parameters, gradients, strict=True) if g is not None}
 

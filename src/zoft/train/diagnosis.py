@@ -106,6 +106,9 @@ def diagnose(
     """Measure eps and lr for the method that `make` makes, over the batches of `closures` (at least two).
 
     Costs ``directions * (4 len(distances) + 2)`` forwards and changes nothing.
+
+    Raises:
+        ValueError: the method draws no directions, or a loss is not finite.
     """
     optimizer = make(model)
     probes = optimizer.estimator
@@ -121,6 +124,8 @@ def diagnose(
     optimizer.branches.detach()
 
     firsts = [first for first, _ in walks]
+    if not all(math.isfinite(first.losses[0.0]) for first in firsts):
+        raise ValueError("the loss is not finite: there is nothing to measure")
     short, steady = _steadiest(firsts, distances)
 
     def slope(walk: Ladder) -> float:
