@@ -90,6 +90,9 @@ def test_a_loss_that_does_not_change_is_counted_and_nothing_is_written(method: s
         ({"clip": 0.0}, "clip .* 0"),
         ({"clip": math.nan}, "clip .* nan"),
         ({"others": "gausian"}, "others .* 'gausian'"),
+        ({"include": "0.*"}, r"include .* \['0\.\*'\]"),
+        ({"exclude": "0.*"}, r"exclude .* \['0"),
+        ({"linear": "0.*"}, r"linear .* \['0"),
     ],
     ids=str,
 )

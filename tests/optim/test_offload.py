@@ -133,6 +133,16 @@ def test_with_probe_batching_each_weight_is_loaded_once_a_step(batching: bool, t
         loads.clear()
 
 
+def test_blocks_before_the_first_that_moves_are_loaded_once_a_step(tmp_path: Path) -> None:
+    optimizer = ZOAct(on_disk(llama(), tmp_path), probes=3, include=["*.1.*"])
+    train(optimizer, range(1))  # a look at the model is part of it
+    loads = counted(optimizer.model)
+    train(optimizer, range(1, 2))
+    times = {name: count for name, count in loads.items() if ".layers." in name}
+    assert times == {name: 1 if ".layers.0." in name else 4 for name in times}
+    assert len(times) == sum(".layers." in name for name, _ in optimizer.model.named_parameters())
+
+
 @pytest.mark.parametrize(("few", "again"), [(64, 0), (0, 1)])
 def test_guided_loads_what_it_goes_back_through_again(
     few: int, again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[Build, Make]] = {
     "ZO-Act": (llama, ZOAct),
     "ZO-Act batched": (llama, partial(ZOAct, probe_batching=True)),
     "AGZO": (llama, AGZO),
+    "AGZO in the second block": (llama, partial(AGZO, include=["*.1.*"])),
     "AGZO gaussian": (llama, partial(AGZO, others="gaussian")),
     "AGZO bfloat16": (half, AGZO),
     "AGZO bfloat16, folded": (half, partial(AGZO, fold_every=2)),

@@ -25,6 +25,13 @@ def numbers(lr: float, eps: float, weight_decay: float) -> None:
         raise ValueError(f"eps must be above 0, not {eps}")
 
 
+def patterns(**given: Sequence[str]) -> None:
+    """Raises ValueError if one is no list of patterns: of a string, every letter would be one."""
+    for name, value in given.items():
+        if isinstance(value, str):
+            raise ValueError(f"{name} must be a list of patterns, such as [{value!r}]")
+
+
 def axes(subspace: Subspace, update: Update, others: str) -> None:
     """Raises ValueError if one asks of another what it does not have."""
     if others not in ("frozen", "gaussian"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zoft.optim.capture import Basis
 from zoft.optim.copies import repeated
 from zoft.optim.layers import LinearMap
+from zoft.optim.leading import LeadingBlocks
 from zoft.optim.loss import Loss
 from zoft.optim.noise import Key
 from zoft.optim.placement import devices_of
@@ -48,7 +49,8 @@ class Landscape:
     some of their columns. If `capture` is given, the bases are due for renewal: the next pass at the centre runs inside
     it, and what it yields is handed to `renew`, or that part of it which is of the maps `reached`. With `batching`, the
     points asked for together are evaluated in one pass, on as many copies of the batch; `capture` gets their number.
-    The losses that `evaluate` gives are those of all `ranks`.
+    Else the `leading` blocks, which no point moves, run in the first of them alone. The losses that `evaluate` gives
+    are those of all `ranks`.
 
     `forwards` counts the passes, a copy as one, `used` collects the dense parameters that a perturbed pass has read.
     `losses` holds what the closure returned last, float64 [batch] or [], `error` its slope, if it returned a `Loss`
@@ -66,6 +68,7 @@ class Landscape:
     renew: Callable[[dict[str, Tensor]], None]
     confine: Callable[[Tensor, Key], Tensor] | None = None
     batching: bool = False
+    leading: LeadingBlocks = field(default_factory=lambda: LeadingBlocks([]))
     ranks: Ranks = field(default_factory=Ranks)
     reached: Set[str] | None = None
     forwards: int = 0
@@ -106,6 +109,8 @@ class Landscape:
         Raises:
             ValueError: with `batching`, the points cannot share a pass.
         """
+        if self.leading.sound is None and not self.batching:
+            self.leading.prove(self.look)
         centre = [direction is None for direction, _ in points]
         own = self.ranks.own(centre)
         passes = [[points[i] for i in own]] if self.batching else [[points[i]] for i in own]
@@ -134,6 +139,8 @@ class Landscape:
             if copies > 1:
                 stack.enter_context(repeated(self.model, copies))
                 self._set(stack, copies=copies)
+            else:
+                stack.enter_context(self.leading.one_pass())
             if copies > 1 or direction is not None:
                 moving = fresh.keys() if capture else {layer.name for layer in self.branches.active}
                 self._set(stack, factors=_Moved(self, points, moving, self.branches.factors))
@@ -168,11 +175,12 @@ class Landscape:
         self.losses = loss.values.detach().cpu().double()  # on the CPU: not every device has float64
         return self.losses
 
-    def look(self) -> None:
+    def look(self) -> Tensor:
         """One more pass, to see how the model is made: not counted, since a resumed run takes it again."""
-        self.forward()
+        losses = self.forward()
         self.forwards -= 1
         self.error = None  # it may hold logits
+        return losses
 
 
 def uncompiled() -> AbstractContextManager[Any]:

@@ -19,6 +19,7 @@ from zoft.optim.capture import Basis, captured
 from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape, uncompiled
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
+from zoft.optim.leading import LeadingBlocks, blocks_before
 from zoft.optim.pace import Pace
 from zoft.optim.pending import Pending
 from zoft.optim.placement import take_over
@@ -113,6 +114,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.ranks = Ranks(parallel)
         self.probe_batching, self.fold_every, self.pending = probe_batching, fold_every, Pending()
         check.numbers(lr, eps, weight_decay)
+        check.patterns(include=include, exclude=exclude, linear=linear)
         check.axes(subspace, self.update, others)
         check.folding(fold_every, subspace, self.estimator, self.update)
         check.probing(subspace, self.estimator, others, clip=clip, normalise=normalise, batching=probe_batching)
@@ -144,6 +146,9 @@ class ZeroOrder(torch.optim.Optimizer):
             raise ValueError(f"{type(model).__name__} has no parameter to train")
         super().__init__(parameters, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
+        # Other estimates look into the passes, and processes that have shards gather them together, in every block.
+        apart = isinstance(self.estimator, Probes) and not self.sharded
+        self.leading = LeadingBlocks(blocks_before(model, self.maps, self.dense.values()) if apart else [])
         self.branches = SideBranches(self.maps)
         self.branches.pending = self.pending.sums
         self.coefficients: dict[str, Tensor] = {}
@@ -207,10 +212,12 @@ class ZeroOrder(torch.optim.Optimizer):
             self.set_bases,
             subspace.confine if isinstance(subspace, Maintained) else None,
             self.probe_batching,
+            self.leading,
             self.ranks,
         )
         found = Estimate()
-        self.loss, gradients = self.estimator(landscape, found)
+        with self.leading.one_batch():
+            self.loss, gradients = self.estimator(landscape, found)
         self.counters.forwards += landscape.forwards
         self._drawn = landscape.drawn
         unread = self.dense.keys() - landscape.used
