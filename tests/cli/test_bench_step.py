@@ -63,6 +63,12 @@ def test_several_methods(step: Callable[..., Outcome]) -> None:
     assert [facts["forwards_per_step"] for facts in found["methods"].values()] == [1, 2, 2, 4, 1]
 
 
+def test_an_option_may_be_a_list(step: Callable[..., Outcome]) -> None:
+    methods = ["agzo+include=['*.[qk]_proj','*.o_proj']+rank=2", "agzo"]
+    found = step("--method", ",".join(methods), "--json").json()
+    assert list(found["methods"]) == methods
+
+
 def test_table(step: Callable[..., Outcome]) -> None:
     outcome = step("--method", "mezo,fo-sgd")
     assert outcome.code == 0 and outcome.err == ""

@@ -86,8 +86,15 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def parse_names(text: str) -> list[str]:
-    """The names in ``a, b``, each once."""
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    """The names in ``a, b``, each once. A comma within brackets belongs to the name."""
+    names, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[(") - (letter in "])")
+        if letter == "," and depth == 0:
+            names.append("")
+        else:
+            names[-1] += letter
+    return list(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 def require_plot(path: Path | None) -> None:
