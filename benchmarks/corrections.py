@@ -112,7 +112,7 @@ def training(rows: list[Any], held: list[Any], task: Any, searched: bool) -> dic
         else:
             optimizer.step()
         schedule.step()
-    loss = sum(float(closure().values) for closure in test) / len(test)
+    loss = sum(float(closure().values.mean()) for closure in test) / len(test)
     return {"steps": steps, "held_out_loss": loss, "chosen": [chosen.count(scale) for scale in TRIED]}
 
 
@@ -131,7 +131,7 @@ def _best_rate(optimizer: zoft.ZeroOrder, closure: Any) -> float:
 
     def loss(scale: float) -> float:
         go(scale)
-        return float(closure().values)
+        return float(closure().values.mean())
 
     best = min(TRIED, key=loss)
     go(best)

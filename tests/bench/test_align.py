@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import zoft
-from optim.models import changed, closure_of, gpt2, llama, snapshot, token_batch
+from optim.models import changed, closure_of, gpt2, llama, snapshot, token_batch, token_losses
 from zoft.bench import align, expected_cosine
 from zoft.optim import ZeroOrder
 
@@ -46,6 +46,18 @@ def test_measured_is_predicted(make: Callable[[], PreTrainedModel], name: str) -
     facts = align(model, closures(model), {name: METHODS[name]}, 200)[name].summary()
     assert facts["estimates"] == 200 and facts["cosine_mean"] > 4 * facts["cosine_sem"] > 0
     assert abs(facts["cosine_mean"] - facts["predicted_cosine"]) < 4 * facts["cosine_sem"]
+
+
+def test_of_several_directions_there_is_no_prediction() -> None:
+    model, batch = llama(), token_batch(8, 8)
+    more = {"probes": {"probes": 3}, "examples": {"per_example": True}}
+    methods = {name: partial(METHODS["agzo"], **options) for name, options in more.items()} | METHODS
+    found = {
+        name: align(model, [lambda: token_losses(model, batch)], {name: methods[name]}, 200)[name].summary()
+        for name in ("agzo", *more)
+    }
+    assert found["probes"]["cosine_mean"] > found["agzo"]["cosine_mean"] + 3 * found["agzo"]["cosine_sem"]
+    assert [math.isnan(facts["predicted_cosine"]) for facts in found.values()] == [False, True, True]
 
 
 @pytest.mark.parametrize("name", ["agzo", "agzo, rank 3", "zo-act"])

@@ -60,3 +60,8 @@ def test_rows_of_your_own(zoft: Callable[..., Outcome], model: Path, data: Path)
         zoft("align", model, *task, *few).json()["methods"] for task in (("--task", "sst2", "--data", data), own)
     )
     assert described == named
+
+
+def test_a_direction_for_each_example(align: Callable[..., Outcome]) -> None:
+    facts = align("--methods", "agzo", "-o", "per_example=true", "--json").json()["methods"]["agzo"]
+    assert facts["predicted_cosine"] is None and facts["cosine_mean"]

@@ -55,7 +55,7 @@ def test_texts(step: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_several_methods(step: Callable[..., Outcome]) -> None:
-    methods = ["guided", "guided+attention=true", "mezo-published", "agzo+probes=3", "fo-adamw"]
+    methods = ["guided", "guided+attention=true", "mezo-published", "agzo+probes=3+per_example=true", "fo-adamw"]
     found = step("--method", "guided, guided+attention=true", "--method", ",".join(methods[2:]), "--json").json()
     assert list(found["methods"]) == methods and found["length"] == 32
     assert all(facts.keys() >= FACTS for facts in found["methods"].values())

@@ -8,7 +8,7 @@ parameters along noise z), the loss difference weighs the direction with ``<R, G
     beta_D = Gamma(D / 2) / (sqrt(pi) Gamma((D + 1) / 2)),   D = sum of d_out r.
 
 For an orthonormal A and frozen others this is ``beta_D ||G A|| / ||G||``, theorem 5.4 of AGZO (arXiv 2601.17261);
-MeZO is the case A = I.
+MeZO is the case A = I. Of several directions, of probes or of examples, there is no prediction.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def align(
 ) -> dict[str, Alignment]:
     """Compare `estimates` estimates of each method with the true gradient, spread over the batches of `closures`.
 
-    The model, its gradients included, is not changed. `closures` return the mean loss of their batch; `methods` make
+    The model, its gradients included, is not changed. `closures` return the losses of their batch; `methods` make
     an optimizer for the model. The gradient takes as much memory as the model's weights.
 
     Raises:
@@ -129,8 +129,8 @@ def _compare(
     found.cosines.append(sum(inner.values()) / (length * norm) if length else 0.0)
     found.captures.append(math.sqrt(caught) / norm)
     shape = math.sqrt(probed / spread) * moved / (norm * math.sqrt(moved + other)) if moved else 0.0
-    drawn = bool(optimizer.projected_gradients)
-    found.predicted.append(expected_cosine(probed) * shape if probed and drawn else 0.0 if drawn else math.nan)
+    single = len(optimizer.projected_gradients) == 1 and not getattr(optimizer.estimator, "per_example", False)
+    found.predicted.append(expected_cosine(probed) * shape if probed and single else 0.0 if single else math.nan)
     for name, (square, total) in squares.items():
         cosine = inner[name] / math.sqrt(square * total) if square and total else 0.0
         found.layers.setdefault(name, []).append(cosine)

@@ -125,7 +125,7 @@ def _zero_order_step(method: str, optimizer: ZeroOrder, closure: BatchLoss) -> S
 def _first_order_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Loss], autocast: torch.autocast) -> Step:
     def step(clock: Clock) -> None:
         with clock(FORWARDS), autocast:
-            loss = closure().values
+            loss = closure().values.mean()
         with clock(BACKWARD):
             loss.backward()
         with clock(UPDATE):

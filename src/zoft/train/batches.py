@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft.data import IGNORE, Collator, Encoder, Row, Task, TaskDataset, divide, losses, read_logits, slope
+from zoft.data import IGNORE, Collator, Encoder, Row, Task, TaskDataset, divide, examples, losses, read_logits, slope
 from zoft.errors import UserError
 from zoft.optim import Loss
 from zoft.optim.placement import device_of
@@ -77,11 +77,11 @@ class BatchLoss:
 
 
 def task_closures(model: Any, batches: list[dict[str, Tensor]]) -> list[BatchLoss]:
-    """The mean loss of each batch by `model`, and its slope."""
+    """Of each batch the losses of its examples by `model`, and the slope of their mean."""
     head = find_head(model)
 
     def loss(batch: dict[str, Tensor]) -> Loss:
         logits = read_logits(model, batch, head)
-        return Loss(losses(logits, batch).mean(), partial(slope, logits, batch))
+        return Loss(losses(logits, batch), partial(slope, logits, batch), examples(batch))
 
     return [BatchLoss(loss, batch) for batch in batches]
