@@ -1,11 +1,12 @@
 """The core of zoft: subspaces, estimators, updates, and the optimizer made of them. Needs torch and numpy only."""
 
+from zoft.optim.counters import EstimateWarning
 from zoft.optim.estimator import Estimate, Probes
 from zoft.optim.kept import NotRepeatable
 from zoft.optim.layers import LinearMap, NoLinearLayers
 from zoft.optim.loss import Loss, cross_entropy
 from zoft.optim.methods import AGZO, AIMZO, LOZO, METHODS, Guided, MeZO, ZOAct
-from zoft.optim.optimizer import EstimateWarning, ZeroOrder
+from zoft.optim.optimizer import ZeroOrder
 from zoft.optim.products import float32_is_quicker, widen
 from zoft.optim.stream import NoStream
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from zoft.optim.calls import replaced_forward, same_tensor
 
 Inputs = list[Any]
 
@@ -26,7 +27,7 @@ def repeated(model: nn.Module, count: int) -> Iterator[None]:
     """
     if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in model.modules()):
         raise ValueError("copies of a batch would have different dropout masks: call model.eval(), or run them apart")
-    run, own, calls = model.forward, model.__dict__.get("forward"), _Calls(count)
+    run, calls = model.forward, _Calls(count)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if calls.number == 0:
@@ -34,16 +35,13 @@ def repeated(model: nn.Module, count: int) -> Iterator[None]:
         return calls.next()
 
     handle = model.register_forward_pre_hook(calls.repeat, with_kwargs=True)
-    model.forward = forward
     try:
-        yield
+        with replaced_forward(model, forward):
+            yield
         if calls.number != count:
             raise ValueError(f"the closure must call the model once; {count} calls of it made {calls.number}")
     finally:
         handle.remove()
-        del model.forward
-        if own is not None:
-            model.forward = own
 
 
 class _Calls:
@@ -97,5 +95,5 @@ class _Calls:
 
 def _same(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first is second or (first.shape == second.shape and torch.equal(first, second))
+        return same_tensor(first, second)
     return not isinstance(first, Tensor) and not isinstance(second, Tensor)

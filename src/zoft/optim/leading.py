@@ -6,7 +6,7 @@ Where only later layers are trained (``include``), what a probe costs is the blo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, takewhile
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoft.optim.calls import replaced_forward, same_tensor
 from zoft.optim.experts import Expert
 from zoft.optim.layers import LinearMap
 
@@ -64,6 +65,7 @@ class LeadingBlocks:
             yield
         finally:
             self._calls.clear()
+            self._given, self._output = None, None
 
     def prove(self, losses: Callable[[], Tensor]) -> None:
         """See by two passes of `losses` whether they stay equal, and something is saved."""
@@ -78,18 +80,11 @@ class LeadingBlocks:
         if self.sound is False or any(module.training for block in self.blocks for module in block.modules()):
             yield
             return
-        own = [block.__dict__.get("forward") for block in self.blocks]
         self._number, self._given, self._output = -1, None, None
-        for place, block in enumerate(self.blocks):
-            block.forward = self._forward(place, block.forward)
-        try:
+        with ExitStack() as stack:
+            for place, block in enumerate(self.blocks):
+                stack.enter_context(replaced_forward(block, self._forward(place, block.forward)))
             yield
-        finally:
-            self._given, self._output = None, None
-            for block, forward in zip(self.blocks, own, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
 
     def _forward(self, place: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -123,6 +118,5 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-        return one is other or (alike and torch.equal(one, other))
+        return same_tensor(one, other)
     return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)

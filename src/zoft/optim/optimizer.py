@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from zoft.optim import check, checkpoint
 from zoft.optim.apply import apply, rounding_key
 from zoft.optim.capture import Basis, captured
+from zoft.optim.counters import Counters, EstimateWarning
 from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape, uncompiled
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
@@ -28,20 +28,6 @@ from zoft.optim.ranks import Parallel, Ranks
 from zoft.optim.subspace import Activation, Full, Maintained, RandomLowRank, Subspace, change_of_basis
 from zoft.optim.trace import Trace, trace_of
 from zoft.optim.update import SGD, State, Update
-
-
-@dataclass
-class Counters:
-    """What has happened so far. `skipped` estimates had a loss that was not finite, `zero` ones saw no change."""
-
-    steps: int = 0
-    forwards: int = 0
-    skipped: int = 0
-    zero: int = 0
-
-
-class EstimateWarning(UserWarning):
-    """An estimate was not used: the loss was not finite, or did not change."""
 
 
 class ZeroOrder(torch.optim.Optimizer):
