@@ -18,7 +18,7 @@ import transformers as tf
 from torch import Tensor
 
 from zoft.bench.align import align
-from zoft.optim import AGZO, Guided, Loss, NoStream, cross_entropy
+from zoft.optim import AGZO, Guided, NoStream
 from zoft.optim.layers import find_linear_maps
 from zoft.train.files import write_json, write_text
 
@@ -76,6 +76,7 @@ MODELS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "Falcon-H1 (hybrid)": (
         CAUSAL, lambda: tf.FalconH1Config(**GROUPED, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8),
     ),
+    "Llama classifier": (CLASSIFY, lambda: tf.LlamaConfig(**GROUPED)),
     "BERT classifier": (CLASSIFY, lambda: tf.BertConfig(**WIDTH, intermediate_size=128)),
     "RoBERTa classifier": (CLASSIFY, lambda: tf.RobertaConfig(**WIDTH, intermediate_size=128)),
     "T5 (encoder-decoder)": (
@@ -95,48 +96,35 @@ MODELS: dict[str, tuple[Any, Callable[[], Any]]] = {
 }  # fmt: skip
 
 
-def problem(name: str) -> tuple[Any, Callable[[], Loss | Tensor]]:
-    """A tiny model and its loss on a batch of noise; language models know the slope of theirs."""
+def problem(name: str) -> tuple[Any, Callable[[], Tensor]]:
+    """A tiny model and its own loss on a batch of noise."""
     kind, config = MODELS[name]
     torch.manual_seed(0)
     model = kind.from_config(config(), dtype=torch.float32).eval()
     if kind is tf.AutoModelForImageClassification:
-        inputs: dict[str, Tensor] = {"pixel_values": torch.randn(BATCH, 3, 16, 16), "labels": torch.arange(BATCH) % 2}
-        return model, lambda: model(**inputs).loss
-    ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH))
-    inputs = {"input_ids": ids, "labels": torch.arange(BATCH) % 2 if kind is CLASSIFY else ids}
-    if kind is not CAUSAL:
-        return model, lambda: model(**inputs).loss
-    return model, lambda: cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)
+        inputs: dict[str, Any] = {"pixel_values": torch.randn(BATCH, 3, 16, 16)}
+    else:
+        inputs = {"input_ids": torch.randint(3, VOCABULARY, (BATCH, LENGTH))}
+    classes = kind in (CLASSIFY, tf.AutoModelForImageClassification)
+    inputs |= {"labels": torch.arange(BATCH) % 2 if classes else inputs["input_ids"]}
+    inputs |= {"use_cache": False} if kind is CAUSAL else {}
+    return model, lambda: model(**inputs).loss
 
 
 def measure(name: str, estimates: int = ESTIMATES) -> dict[str, Any]:
     """The row of the table for the model `name`."""
-    model, closure = problem(name)
+    model, loss = problem(name)
     whole = sum(p.numel() for p in model.parameters())
     linear = sum(m.weight.numel() for m in find_linear_maps(model, experts=True) if m.weight is not None)
 
-    def mean_loss() -> Tensor:
-        loss = closure()
-        return loss.values if isinstance(loss, Loss) else loss
-
-    agzo = align(model, [mean_loss], {"agzo": AGZO}, estimates)["agzo"].summary()
+    agzo = align(model, [loss], {"agzo": AGZO}, estimates)["agzo"].summary()
     row = {"model": name, "parameters": whole, "linear": linear / whole, "caught": agzo["capture"] ** 2}
     row |= {"agzo": agzo["cosine_mean"], "error": agzo["cosine_sem"], "predicted": agzo["predicted_cosine"]}
     try:
-        return row | {"guided": _guided(model, closure, mean_loss)}
-    except (NoStream, TypeError) as error:
+        guided = align(model, [loss], {"guided": Guided}, 1)["guided"].summary()
+    except NoStream as error:
         return row | {"guided": None, "why": str(error)}
-
-
-def _guided(model: Any, closure: Callable[[], Any], mean_loss: Callable[[], Tensor]) -> float:
-    """Guided's cosine: `align` takes one closure for both, so the gradient's gets the mean, and guided's the slope."""
-
-    class Sloped(Guided):
-        def estimate(self, _: Any) -> Tensor:
-            return super().estimate(closure)
-
-    return float(align(model, [mean_loss], {"guided": Sloped}, 1)["guided"].summary()["cosine_mean"])
+    return row | {"guided": guided["cosine_mean"]}
 
 
 def main() -> None:

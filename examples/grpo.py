@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with AGZO, for a reward of generated text: python examples/grpo.py [MODEL [FOLDER]]"""
+"""TRL's GRPOTrainer with the guided method, for a reward of generated text: python examples/grpo.py [MODEL [FOLDER]]"""
 
 import sys
 
@@ -20,14 +20,13 @@ def vowels(completions: list[str], **_: object) -> list[float]:
 def main(name: str = "HuggingFaceTB/SmolLM2-135M-Instruct", folder: str = "runs/grpo") -> ZOGRPOTrainer:
     model = AutoModelForCausalLM.from_pretrained(name)
     lengths = {"max_completion_length": 16, "num_generations": 4, "per_device_train_batch_size": 4}
-    # With one iteration the loss is the same whatever the weights: its gradient lies in a ratio to itself.
-    args = GRPOConfig(folder, **lengths, num_iterations=2, max_steps=20, logging_steps=5, report_to=[], bf16=False)
+    args = GRPOConfig(folder, **lengths, max_steps=20, logging_steps=5, report_to=[], bf16=False)
     trainer = ZOGRPOTrainer(
         model,
         reward_funcs=vowels,
         args=args,
         train_dataset=Dataset.from_list([{"prompt": "Tell me a story."}] * 16),
-        optimizers=(zoft.AGZO(model, lr=1e-4), None),
+        optimizers=(zoft.Guided(model, lr=1e-3), None),
     )
     trainer.train()
     return trainer

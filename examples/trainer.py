@@ -20,7 +20,6 @@ def main(name: str = "HuggingFaceTB/SmolLM2-135M-Instruct", folder: str = "runs/
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
         optimizers=(zoft.Guided(model, lr=1e-3), None),
-        compute_loss_func=lambda outputs, labels, **_: zoft.cross_entropy(outputs.logits, labels),
     )
     trainer.train()
     trainer.save_model()  # loads with peft.PeftModel.from_pretrained(model, folder)

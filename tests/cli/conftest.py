@@ -7,6 +7,8 @@ import pytest
 
 from train.tiny import TOKENIZER, make_model, reviews
 from zoft.cli import main
+from zoft.train import assemble
+from zoft.train.callbacks import RunLog
 
 
 class Outcome(NamedTuple):
@@ -75,3 +77,20 @@ def train(zoft: Callable[..., Outcome], model: Path, data: Path, tmp_path: Path)
         return zoft("train", model, "--task", "sst2", "--data", data, *few, "--out", out, *args)
 
     return run
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes the user press Ctrl-C after a step, once."""
+
+    def after(step: int) -> None:
+        class Interrupted(RunLog):
+            def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+                super().on_step_end(args, state, control, **given)
+                if state.global_step == step:
+                    monkeypatch.setattr(assemble, "RunLog", RunLog)
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(assemble, "RunLog", Interrupted)
+
+    return after

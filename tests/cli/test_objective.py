@@ -1,4 +1,4 @@
-"""``--objective``: training for a metric of the task itself, by probes."""
+"""``--objective``: training for a metric of the task itself, by probes or by its expected value."""
 
 import json
 from collections.abc import Callable
@@ -46,14 +46,49 @@ def test_generated_text(
     assert done.json()["forwards"] == 4
 
 
+@pytest.mark.parametrize("method", ["auto", "guided", "fo-adamw", "lora"])
+@pytest.mark.parametrize("words", [None, "0=quite terrible,1=quite great"])
+def test_methods_that_take_a_slope_train_for_the_expected_accuracy(
+    method: str, words: str | None, zoft: Callable[..., Outcome], model: Path, data: Path, tmp_path: Path
+) -> None:
+    """The loss is the probability of what is wrong, and falls; once these methods were refused."""
+    own = ("--template", "{sentence} It was", "--label", "label", "--words", words) if words else ("--task", "sst2")
+    config = tmp_path / "log.yaml"
+    config.write_text("log_steps: 1\n")
+    done = zoft(
+        "train", model, "--config", config, *own, "--data", data, "--objective", "accuracy", "--method", method,
+        "--lr", "0.01", "--steps", 12, "--batch-size", 8, "--dtype", "float32", "--out", tmp_path / "run", "--json",
+    )  # fmt: skip
+    assert done.json()["forwards"] == (36 if method in ("fo-adamw", "lora") else 12)
+    found = losses(tmp_path / "run")
+    assert all(0 < loss < 1 for loss in found) and sum(found[-3:]) < sum(found[:3])
+
+
+@pytest.mark.parametrize("method", ["guided", "fo-adamw"])
+def test_answers_are_drawn_where_they_are_generated(
+    method: str,
+    zoft: Callable[..., Outcome],
+    model: Path,
+    write: Callable[[Path, list[dict[str, Any]]], Path],
+    tmp_path: Path,
+) -> None:
+    rows = [{"prompt": f"{word} It was", "completion": " great"} for word in ("fine", "dull", "a film", "tea") * 6]
+    done = zoft(
+        "train", model, "--data", write(tmp_path / "rows.jsonl", rows), "--objective", "exact_match", "--method",
+        method, "--lr", "0.01", "--steps", 2, "--batch-size", 4, "--max-new-tokens", 3, "--samples", 2,
+        "--out", tmp_path / "run", "--json",
+    )  # fmt: skip
+    assert done.json()["steps"] == 2
+    assert all((loss * 16).is_integer() for loss in losses(tmp_path / "run"))  # 2 steps, 4 prompts, 2 answers
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
         (("--objective", "acuracy", "--method", "agzo"), "did you mean accuracy?"),
-        (("--objective", "accuracy"), "has no slope: choose a method with probes"),
-        (("--objective", "accuracy", "--method", "guided"), "has no slope"),
-        (("--objective", "accuracy", "--method", "fo-adamw"), "has no slope"),
         (("--objective", "accuracy", "--method", "agzo", "--eps", "auto"), "neither lr nor eps to auto"),
+        (("--objective", "accuracy", "--samples", "1"), "samples must be at least 2"),
+        (("--max-new-tokens", "4"), "max_new_tokens is of generated answers; SST-2 has none"),
     ],
 )
 def test_mistakes(flags: tuple[str, ...], said: str, train: Callable[..., Outcome]) -> None:

@@ -3,33 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-import zoft.train.assemble
-from zoft.train.callbacks import RunLog
-
 from .conftest import Outcome
 from .test_config import assert_same
-
-
-@pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Makes the user press Ctrl-C after a step, once."""
-
-    def after(step: int) -> None:
-        class Interrupted(RunLog):
-            def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-                super().on_step_end(args, state, control, **given)
-                if state.global_step == step:
-                    monkeypatch.setattr(zoft.train.assemble, "RunLog", RunLog)
-                    raise KeyboardInterrupt
-
-        monkeypatch.setattr(zoft.train.assemble, "RunLog", Interrupted)
-
-    return after
 
 
 @pytest.mark.parametrize(
@@ -39,6 +18,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         ("--method", "agzo", "--lr", "1e-3", "--dtype", "bfloat16", "--compute-dtype", "float32"),
         ("--method", "zo-act", "--schedule", "linear"),
         ("--method", "guided"),
+        ("--method", "guided", "--objective", "accuracy"),
         ("--method", "lozo-m", "--accumulate", "2", "--lr", "1e-4"),
         ("--method", "fo-adamw", "--lr", "1e-3"),
         ("--method", "lora"),

@@ -1,4 +1,4 @@
-"""``--objective FILE.py:FUNCTION``: training for a reward of generated text, by probes."""
+"""``--objective FILE.py:FUNCTION``: training for a reward of generated text, by probes or by answers drawn."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from .conftest import Outcome
+from .test_config import assert_same
 from .test_objective import losses
 
 REWARD = """
@@ -48,6 +49,47 @@ def test_training_for_a_reward(
     assert "rewards.py:share" in page and "✗ wrong" not in page
 
 
+@pytest.mark.parametrize("method, lr, forwards", [("auto", "0.1", 40), ("fo-adamw", "0.01", 60)])
+def test_answers_drawn_lead_to_the_reward(
+    method: str,
+    lr: str,
+    forwards: int,
+    zoft: Callable[..., Outcome],
+    model: Path,
+    reward: str,
+    prompts: Path,
+    tmp_path: Path,
+) -> None:
+    """Guided goes through attention there: a step counts as two forwards."""
+    out = tmp_path / "run"
+    summary = zoft(
+        "train", model, "--data", prompts, "--objective", reward, "--method", method, "--lr", lr, "--steps", 20,
+        "--eval-steps", 10, "--batch-size", 8, "--max-new-tokens", 6, "--out", out, "--json",
+    ).json()  # fmt: skip
+    assert summary["forwards"] == forwards
+    assert summary["best_dev"] > summary["initial_dev"] + 0.05
+    found = losses(out)
+    assert found[-1] < found[0] - 0.03
+
+
+def test_a_resumed_run_draws_what_it_would_have_drawn(
+    zoft: Callable[..., Outcome],
+    interrupt: Callable[[int], None],
+    model: Path,
+    reward: str,
+    prompts: Path,
+    tmp_path: Path,
+) -> None:
+    outs = [tmp_path / name for name in ("whole", "resumed")]
+    flags = ["--objective", reward, "--lr", "0.01", "--steps", 6, "--eval-steps", 2, "--save-steps", 2]
+    flags += ["--batch-size", 4, "--max-new-tokens", 4, "--samples", 2, "--method", "guided"]
+    assert zoft("train", model, "--data", prompts, *flags, "--out", outs[0]).code == 0
+    interrupt(3)
+    assert zoft("train", model, "--data", prompts, *flags, "--out", outs[1]).code != 0
+    assert zoft("train", "--resume", outs[1]).code == 0
+    assert_same(*outs)
+
+
 def test_of_a_task_it_is_the_first_metric(
     zoft: Callable[..., Outcome], model: Path, data: Path, reward: str, tmp_path: Path
 ) -> None:
@@ -62,7 +104,7 @@ def test_of_a_task_it_is_the_first_metric(
     "flags, said",
     [
         (("--objective", "rewards.py:share"), "rewards.py:share: FileNotFoundError"),
-        (("--objective", "REWARD"), "has no slope: choose a method with probes"),
+        (("--objective", "REWARD", "--method", "agzo", "--lr", "auto"), "neither lr nor eps to auto"),
         (("--metric", "REWARD", "--method", "zo-act"), "no column 'completion'"),
     ],
 )

@@ -238,12 +238,6 @@ def test_the_slope_may_come_whole_or_in_parts(joined: int, monkeypatch: pytest.M
         optimizer.step(lambda: closure()._replace(error=lambda: torch.zeros(8, 9, 64)))
 
 
-def test_a_closure_without_the_slope_is_refused() -> None:
-    model, batch = llama(), token_batch()
-    with pytest.raises(TypeError, match="Loss"):
-        Guided(model).step(lambda: model(**batch).loss)
-
-
 def test_a_loss_that_is_not_finite_is_skipped() -> None:
     model = llama()
     optimizer, closure = Guided(model), closure_of(model, token_batch())

@@ -40,7 +40,7 @@ def test_the_writers_are_found(name: str, dtype: torch.dtype) -> None:
             assert (writer.norm is not None) == (name in ("gemma3", "olmo2"))
         assert [w.feed_forward is not None for w in block.writers] == [False, True][: len(ends)]
     assert [block.parallel for block in stream.blocks] == [name in ("gpt-neox", "cohere", "phi")] * 2
-    assert stream.scale == pytest.approx({"granite": 0.25, "cohere": 0.25}.get(name, 1.0), rel=0.01)
+    assert stream.head.scale == pytest.approx({"granite": 0.25, "cohere": 0.25}.get(name, 1.0), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,8 +87,8 @@ def test_a_look_keeps_few_rows_and_no_logits(monkeypatch: pytest.MonkeyPatch) ->
         seen.extend((value, output))
         return Heads(value, output)
 
-    found_before = stream._norm_before
-    monkeypatch.setattr(stream, "_norm_before", norm_before)
+    found_before = stream.norm_before
+    monkeypatch.setattr(stream, "norm_before", norm_before)
     monkeypatch.setattr(recording, "Heads", heads)
     optimizer = Guided(model)
     optimizer.step(closure)

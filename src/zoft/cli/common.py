@@ -36,6 +36,7 @@ Metric = Annotated[
         help="Your own task: accuracy, matthews, exact_match, f1, number_match, likelihood, FILE.py:FUNCTION."
     ),
 ]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens of a generated answer. Default: the task's, or 128.")]
 Out = Annotated[Path | None, typer.Option(help="The run folder. Default: a new one in runs/.")]
 Dtype = Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16, or int8, nf4.")]
 ComputeDtype = Annotated[

@@ -26,6 +26,9 @@ def train(
         str | None,
         typer.Option(help="What to train for: loss, a metric such as f1, or a reward, FILE.py:FUNCTION."),
     ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Answers drawn for a prompt, where generated text is measured and not probed.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="auto, one of *zoft methods*, or fo-sgd, fo-adamw, lora.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimizer.")] = None,
     lr: Annotated[str | None, typer.Option(help="Learning rate, or auto: measure it. Default: the method's.")] = None,
@@ -52,6 +55,7 @@ def train(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of an example; what is longer loses its passage's end.")
     ] = None,
+    max_new_tokens: common.MaxNewTokens = None,
     guard: Annotated[
         bool | None, typer.Option("--guard/--no-guard", help="If it diverges, go back, and on with a smaller lr.")
     ] = None,
@@ -78,6 +82,7 @@ def train(
         "task": task,
         "data": str(data) if data else None,
         "objective": objective,
+        "samples": samples,
         "method": method,
         "steps": steps,
         "lr": lr,
@@ -97,6 +102,7 @@ def train(
         "eval_batch_size": eval_batch_size,
         "save_steps": save_steps,
         "max_length": max_length,
+        "max_new_tokens": max_new_tokens,
         "guard": guard,
         "template": template,
         "words": words,

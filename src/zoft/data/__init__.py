@@ -5,6 +5,7 @@ from .candidates import read_candidates
 from .collate import IGNORE, Collator, divide
 from .custom import custom_task, parse_words
 from .dataset import TaskDataset
+from .drawn import drawn
 from .encode import Encoder, Item
 from .form import form_of
 from .metrics import GENERATED, LIKELIHOOD, score, score_each
@@ -28,6 +29,7 @@ __all__ = [
     "choose",
     "custom_task",
     "divide",
+    "drawn",
     "examples",
     "first_row",
     "form_of",

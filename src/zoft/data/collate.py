@@ -12,7 +12,14 @@ IGNORE = -100
 """Label of a position without a target, as transformers has it."""
 
 COMMON = {"label_words"}  # of all examples of a batch
-SEQUENCES = {"input_ids", "attention_mask", "position_ids", "labels", "norms"}  # what else it has is of examples
+SEQUENCES = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "labels",
+    "norms",
+    "drawn",
+}  # what else it has is of examples
 
 
 class Collator:
@@ -67,8 +74,13 @@ class Collator:
         return {
             "input_ids": _pad(sequences, self.pad_token_id),
             "attention_mask": mask,
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+            "position_ids": place(mask),
         }
+
+
+def place(mask: Tensor) -> Tensor:
+    """The position of each token [N, T] among those of its sequence that `mask` says are there; 0 before the first."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def divide(batch: dict[str, Tensor], number: int) -> list[dict[str, Tensor]]:

@@ -94,9 +94,16 @@ def losses(logits: Logits, batch: Batch) -> Tensor:
 
     With candidates to choose from: the cross-entropy of the right one under a softmax of their scores (see
     `choose`). With one answer: the mean negative log-likelihood of its tokens.
+
+    Or the expected shortfall of an answer that the model gives: the mean of `shortfalls` [B, C], what each candidate
+    falls short of the best, under that softmax; or of answers drawn, the mean of `drawn` [N].
     """
+    if "shortfalls" in batch:
+        return (_scores(logits, batch).softmax(1) * batch["shortfalls"]).sum(1)
     if "targets" in batch:
         return F.cross_entropy(_scores(logits, batch), batch["targets"], reduction="none")
+    if "drawn" in batch:
+        return _expected(logits, batch)
     return -_log_likelihoods(logits, batch["labels"]) / (batch["labels"] != IGNORE).sum(1)
 
 
@@ -107,6 +114,10 @@ def examples(batch: Batch) -> Tensor | None:
 
 def slope(logits: Logits, batch: Batch) -> Iterator[Tensor]:
     """The gradient of the mean of `losses` with respect to `logits` [N, K, V], in closed form.
+
+    That of an expected value over answers drawn is estimated: every answer's log-likelihood is weighed by how much
+    more it falls short than the others of its prompt (the score function with a baseline; Kool, van Hoof and Welling,
+    "Buy 4 REINFORCE samples, get a baseline for free!", 2019), which is unbiased.
 
     Float32, in parts of some positions each [N, k, V], one after the other: the whole would be the largest thing in
     memory.
@@ -121,6 +132,8 @@ def slope(logits: Logits, batch: Batch) -> Iterator[Tensor]:
     answered = following != IGNORE
     if "targets" in batch:  # of each sequence's log-likelihood
         errors = _choice_errors(_scores(logits, batch), batch)[_places(batch["counts"])] / batch["norms"]
+    elif "drawn" in batch:
+        errors = _advantages(batch) / len(answered)
     else:
         errors = -1 / (answered.sum(1) * len(answered))
     errors = (answered * errors.unsqueeze(1)).unsqueeze(2)
@@ -155,9 +168,34 @@ def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _choice_errors(scores: Tensor, batch: Batch) -> Tensor:
-    """The gradient of the mean cross-entropy with respect to `scores` [B, C]."""
+    """The gradient of the mean of `losses` with respect to `scores` [B, C]."""
+    if "shortfalls" in batch:
+        shares = scores.softmax(1)
+        expected = (shares * batch["shortfalls"]).sum(1, keepdim=True)
+        return shares * (batch["shortfalls"] - expected) / len(scores)
     right = F.one_hot(batch["targets"], scores.shape[1])
     return (scores.softmax(1) - right) / len(scores)
+
+
+def _advantages(batch: Batch) -> Tensor:
+    """How much more each answer drawn [N] falls short than the mean of the others of its prompt."""
+    of, counts = _places(batch["counts"])[0], batch["counts"]
+    others = _sums(batch["drawn"], batch)[of] - batch["drawn"]
+    return batch["drawn"] - others / (counts[of] - 1)
+
+
+def _expected(logits: Logits, batch: Batch) -> Tensor:
+    """The mean of the answers drawn for each example [B], whose gradient, if it is recorded, is that of `slope`."""
+    each = batch["drawn"]
+    if isinstance(logits, Tensor) and logits.requires_grad:
+        likely = _log_likelihoods(logits, batch["labels"])
+        each = each + _advantages(batch) * (likely - likely.detach())
+    return _sums(each, batch) / batch["counts"]
+
+
+def _sums(each: Tensor, batch: Batch) -> Tensor:
+    """Over the sequences of each example [B]."""
+    return each.new_zeros(len(batch["counts"])).index_add(0, _places(batch["counts"])[0], each)
 
 
 def _log_likelihoods(logits: Logits, labels: Tensor) -> Tensor:

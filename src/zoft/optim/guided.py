@@ -15,7 +15,8 @@ through it.
 What is neglected is the rest of the way through attention: how its pattern changes, or all of it, and with it the error
 at positions that the loss does not read. The estimate is therefore biased, but needs no probe: one forward pass. It is
 white-box (weights of the head and within the blocks are read, transposed) and asks the loss for its slope at the
-logits; no gradient is recorded.
+logits. Of a loss that does not know it, or behind another head, autograd takes the slope at what the final norm gives:
+of the blocks nothing is recorded.
 
 Relatives: feedback alignment (Lillicrap et al. 2016) and direct feedback alignment (Nøkland 2016) send errors back
 through fixed matrices; the logit lens (nostalgebraist 2020) reads the stream through the head in the other direction.
@@ -35,10 +36,12 @@ from torch import Tensor, nn
 
 from zoft.optim.capture import Tokens
 from zoft.optim.estimator import Estimate
+from zoft.optim.inside import Attention
 from zoft.optim.kept import BlockCall, Kept, called, coordinates, keeping
 from zoft.optim.landscape import Divisible, Landscape
 from zoft.optim.layers import LinearMap
-from zoft.optim.stream import Attention, Block, NoStream, Stream, Writer, find_stream
+from zoft.optim.loss import Differentiated
+from zoft.optim.stream import Block, Head, NoStream, Stream, Writer, find_stream
 from zoft.optim.transpose import FeedForward, Norm, transposed_product
 
 JOINED = 1 << 23  # numbers of an error at the logits that are multiplied by the head's weight at a time
@@ -62,7 +65,10 @@ class Guided:
 
     Without both only the matrices that write into the stream have factors, and the stream counts as the identity. Then
     the error is the same for all of them, and with `two_pass` it is known before a second pass, in which each factor is
-    taken as its layer is called: nothing is kept per layer. The closure must return a `Loss`.
+    taken as its layer is called: nothing is kept per layer.
+
+    Where the closure returns a `Loss` with its slope, and the logits come straight from a linear head, all is in closed
+    form. Else autograd takes the slope of the loss, back to the end of the stream and no further.
 
     Raises:
         ValueError: `two_pass` with `feed_forward` or `attention`, or `attention_after` without `attention`.
@@ -75,6 +81,7 @@ class Guided:
     two_pass: bool = False
     attention_after: int = 0
     _stream: Stream | None = field(default=None, repr=False)
+    _head: Head | None = field(default=None, repr=False)  # at whose logits the closure gives its slope
 
     def __post_init__(self) -> None:
         if self.two_pass and (self.feed_forward or self.attention):
@@ -91,9 +98,9 @@ class Guided:
             found = find_stream(landscape.model, landscape.look)
             if ranks.any(found is None):
                 return math.nan, [math.nan]
-            self._stream = found
+            assert found is not None
+            self._stream, self._head = found, found.head if landscape.sloped else None
         stream, closure = self._stream, landscape.closure
-        assert stream is not None
         landscape.reached = stream.reached(self.feed_forward, self.attention)
         if not landscape.reached & landscape.branches.named.keys():
             raise NoStream(
@@ -131,6 +138,8 @@ class Guided:
     ) -> tuple[float, list[float]]:
         """The estimate from one forward pass, through attention two."""
         ranks, kept = landscape.ranks, Kept(Tokens(everywhere=through_attention))
+        if self._head is None:
+            landscape.closure = Differentiated(landscape.closure, stream.norm.module)
         writers = [] if self.two_pass or through_attention else stream.writers
         with (
             keeping(landscape, kept, writers, {stream.norm.module}, feed_forward=self.feed_forward),
@@ -140,9 +149,9 @@ class Guided:
         if not math.isfinite(loss):
             return loss, [loss]
         if landscape.error is None:
-            raise TypeError("the guided estimate needs the loss's slope: return a zoft.Loss (see zoft.cross_entropy)")
+            raise TypeError("the guided estimate needs the loss's slope, which the closure gave before")
         way = _WayBack(landscape, estimate, kept, calls, self.feed_forward, through_attention)
-        error = way.to_end(stream, landscape.error())
+        error = way.to_end(stream, self._head, landscape.error())
         landscape.error = None  # the logits are no longer needed
         if self.two_pass:
             with _taken(landscape, estimate, stream.writers, error):
@@ -205,17 +214,21 @@ class _WayBack:
     feed_forward: bool
     attention: bool
 
-    def to_end(self, stream: Stream, at_logits: Tensor | Iterable[Tensor]) -> Tensor:
-        """The error at the end of the stream, float32 [rows, d]; that at the logits may come in parts of positions."""
-        head, parts = stream.head, [at_logits] if isinstance(at_logits, Tensor) else at_logits
-        at_norm = torch.cat([self.transposed(head, part.to(head.device)) for part in _joined(parts, head)], dim=-2)
+    def to_end(self, stream: Stream, head: Head | None, given: Tensor | Iterable[Tensor]) -> Tensor:
+        """The error at the end of the stream, float32 [rows, d], for that `given` at the output of `head`, or of the
+        last norm without one. It may come in parts of positions."""
+        parts = [given] if isinstance(given, Tensor) else given
+        if head is not None:
+            products = (self.transposed(head.map, part.to(head.map.device)) for part in _joined(parts, head.map))
+            parts = [product * head.scale for product in products]
+        at_norm = torch.cat(list(parts), dim=-2)
         rows = self.kept.tokens.read(self.kept.tokens.spread(at_norm))
         if rows is None:
             raise ValueError(
                 f"the error at the logits is that of {tuple(at_norm.shape[:-1])} tokens, which is not the logits'"
             )
         device = stream.norm.gain.device
-        return stream.norm.pull(self.kept.inputs[stream.norm.module].to(device), rows.to(device) * stream.scale)
+        return stream.norm.pull(self.kept.inputs[stream.norm.module].to(device), rows.to(device))
 
     def through(self, stream: Stream, error: Tensor) -> None:
         """Add every factor, from the `error` at the end of the stream back to its beginning."""

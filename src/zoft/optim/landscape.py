@@ -54,7 +54,7 @@ class Landscape:
 
     `forwards` counts the passes, a copy as one, `used` collects the dense parameters that a perturbed pass has read.
     `losses` holds what the closure returned last, float64 [batch] or [], `error` its slope, if it returned a `Loss`
-    that has one.
+    that has one, which `sloped` says.
     """
 
     model: nn.Module
@@ -75,11 +75,13 @@ class Landscape:
     used: set[str] = field(default_factory=set)
     losses: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
     error: Callable[[], Tensor | Iterable[Tensor]] | None = None
+    sloped: bool = False
     examples: Tensor | None = None  # of each sequence of the model's batch, where they are not the same
 
     def __post_init__(self) -> None:
         accelerated = torch.accelerator.is_available()  # else a look at every parameter is saved
-        self._randomness = _Randomness(devices_of(self.model) if accelerated else set())
+        # Every forward is to have the same: one dropout mask.
+        self._randomness = Randomness(devices_of(self.model) if accelerated else set())
 
     @property
     def needs_clean(self) -> bool:
@@ -171,7 +173,7 @@ class Landscape:
         with uncompiled():
             loss = self.closure()
         loss = loss if isinstance(loss, Loss) else Loss(torch.as_tensor(loss))
-        self.error, self.examples = loss.error, loss.examples
+        self.error, self.sloped, self.examples = loss.error, loss.error is not None, loss.examples
         self.losses = loss.values.detach().cpu().double()  # on the CPU: not every device has float64
         return self.losses
 
@@ -225,8 +227,8 @@ class _Moved:
         return left * distance if centre is None else torch.add(centre, left, alpha=distance)
 
 
-class _Randomness:
-    """Gives every forward the same global random state (one dropout mask), on the CPU and on the model's `devices`."""
+class Randomness:
+    """The global random state, on the CPU and on `devices`: that of the first `rewind` is there after every other."""
 
     def __init__(self, devices: Set[torch.device]) -> None:
         self._generators: list[tuple[Any, tuple[torch.device, ...]]] = [(torch.random, ())]

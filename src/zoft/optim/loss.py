@@ -1,15 +1,17 @@
-"""A loss that knows its slope at the logits."""
+"""A loss that knows its slope at the logits, and the slope of any other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 LARGE = 1 << 20  # logits that are held in float32 at a time
+FINER = 1 << 10
 
 
 class Loss(NamedTuple):
@@ -48,3 +50,48 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> L
         for part, right in parts
     ]
     return Loss(torch.stack(losses).sum() / count, error)
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """The losses of `closure`, any that autograd knows, with their slope at what `end` gives, the end of the stream.
+
+    What is recorded begins there: the head and the loss, and nothing of the blocks.
+
+    Raises:
+        ValueError: when called, if autograd cannot follow the loss back to it, or `end` does not run once.
+    """
+
+    closure: Callable[[], Any]
+    end: nn.Module
+
+    def __call__(self) -> Loss:
+        given: list[Tensor] = []
+
+        def record(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            torch.set_grad_enabled(True)
+            given.append(output.detach().requires_grad_())
+            return given[-1]
+
+        handle = self.end.register_forward_hook(record)
+        try:
+            with torch.no_grad():  # until `end` has run, and after the closure again
+                loss = self.closure()
+        finally:
+            handle.remove()
+        loss = loss if isinstance(loss, Loss) else Loss(torch.as_tensor(loss))
+        values = loss.values
+        if len(given) != 1:
+            raise ValueError(f"guided takes the slope of the loss of one forward pass, not of {len(given)}")
+        if not values.requires_grad:
+            raise ValueError(
+                "guided needs the slope of the loss, and autograd cannot follow it to the logits: return a tensor that "
+                "comes from them, or a zoft.Loss that knows it"
+            )
+
+        def slope() -> Tensor:
+            scale = FINER if given[0].dtype == torch.float16 else 1  # which has little range
+            weights = torch.full_like(values, scale / values.numel())
+            return torch.autograd.grad(values, given[0], weights)[0].float() / scale
+
+        return loss._replace(error=slope)

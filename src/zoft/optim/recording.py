@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoft.optim.attention import Attended, Pattern, attended
@@ -34,20 +35,32 @@ class Heads:
     output: Tensor  # rows [n, H * d]
 
 
+@dataclass(frozen=True)
+class Recording:
+    """The calls of modules and of attention, and the names of all modules called, each in the order they end.
+
+    Calls with no rows of the tokens that went into the model are left out.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    heads: list[Heads] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+
 @contextmanager
-def recorded(model: nn.Module) -> Iterator[tuple[list[Call], list[Heads]]]:
-    """The calls of all modules, in the order they end, and of attention: the last rows of what went in and out."""
-    calls: list[Call] = []
-    heads: list[Heads] = []
+def recorded(model: nn.Module) -> Iterator[Recording]:
+    """While open, a forward pass of `model` leaves in the recording the last rows of what goes in and out."""
+    recording = Recording()
     tokens, shelf = Tokens(ROWS), Shelf()
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             x = tokens.read(first_tensor((*args, *kwargs.values())))
             y = tokens.read(first_tensor(output))
+            recording.names.append(name)
             if y is not None and (x is not None or not name):
                 x = y[:0] if x is None else x.to(y.device)
-                calls.append(Call(name, module, shelf.put(x), shelf.put(y)))
+                recording.calls.append(Call(name, module, shelf.put(x), shelf.put(y)))
 
         return see
 
@@ -59,14 +72,14 @@ def recorded(model: nn.Module) -> Iterator[tuple[list[Call], list[Heads]]]:
         value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)
         value, output = (pattern.rows(x[:, :, -pattern.query.shape[2] :]) for x in (value, call.output))
         if close(average[:, 0], output[:, 0]):  # else something else was done to the weights
-            heads.append(Heads(shelf.put(value.flatten(1)), shelf.put(output.flatten(1))))
+            recording.heads.append(Heads(shelf.put(value.flatten(1)), shelf.put(output.flatten(1))))
 
     with ExitStack() as handles:
         handles.callback(model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
         handles.enter_context(attended(see_attention))
         for name, module in model.named_modules():
             handles.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
-        yield calls, heads
+        yield recording
 
 
 def first_tensor(values: Any) -> Tensor | None:
@@ -85,3 +98,13 @@ def close(one: Tensor, other: Tensor) -> bool:
 
 def exact(tensor: Tensor) -> Tensor:
     return tensor.cpu().double()  # on the CPU: not every device has float64
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Equal, but for a change to a coarser dtype between them."""
+    coarser = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return one.shape == other.shape and torch.equal(one.to(coarser), other.to(one.device, coarser))
+
+
+def is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None

@@ -23,7 +23,7 @@ from zoft.train.auto import BATCHES, settle
 from zoft.train.batches import task_batches, task_closures
 from zoft.train.callbacks import Clock, LiveProgress, RunLog, StepLog
 from zoft.train.checkpoints import last_checkpoint
-from zoft.train.config import TrainConfig
+from zoft.train.config import LOSS, TrainConfig
 from zoft.train.diagnosis import Diagnosis
 from zoft.train.identity import identity, model_digest
 from zoft.train.models import find_device, load_model, room
@@ -101,8 +101,9 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
         some = rows["train"][: BATCHES * config.batch_size]
         return task_closures(model, task_batches(model, tokenizer, task, some, config.batch_size))
 
-    texts = task.kind in ("generation", "text") and data["train"].learned >= TEXTS
-    config, measured = settle(config, model, look, texts, adapter)
+    drawn = config.objective != LOSS and task.kind == "generation"  # which takes longer than any way back
+    through = drawn or (task.kind in ("generation", "text") and data["train"].learned >= TEXTS)
+    config, measured = settle(config, model, look, through, adapter)
     if measured is not None and measured.lr is None:
         console.print("the loss does not curve upwards here, so lr cannot be measured: the method's own is taken")
     model, optimizer = build(config, model, adapter)
@@ -125,6 +126,7 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
         run,
         config.save_steps,
         config.objective,
+        config.samples,
         train_dataset=data["train"],
         eval_dataset=data["dev"],
         optimizers=(optimizer, None),

@@ -17,7 +17,7 @@ from zoft.optim import EstimateWarning, NoLinearLayers, NoStream, NotRepeatable
 from zoft.optim.experts import find_experts
 from zoft.optim.landscape import Closure
 from zoft.train.adapter import Factors, start_from
-from zoft.train.config import TrainConfig
+from zoft.train.config import LOSS, TrainConfig
 from zoft.train.diagnosis import Diagnosis, diagnose
 from zoft.train.optimizers import AUTO, METHODS, loadable, zero_order_of
 from zoft.train.rate import guided_rate
@@ -31,20 +31,21 @@ def settle(
     config: TrainConfig,
     model: Any,
     look: Callable[[], Sequence[Closure]],
-    texts: bool = False,
+    attention: bool = False,
     adapter: Factors | None = None,
 ) -> tuple[TrainConfig, Diagnosis | None]:
     """`config` without ``auto``, and the measurement behind its lr or eps, if they had to be measured.
 
-    The method becomes `guided` if `model` has a residual stream for it to go back along (through attention as well if
-    `texts` are learned, most of whose tokens the loss reads), else `zo-act`, which takes any weights, and experts that
-    the `adapter` to go on from adds to. lr and eps are measured unless they are given, where training begins. `look`
-    gives the losses of some batches, if they are needed; `model` stays as it is. Where the loss does not curve upwards
-    there is no lr to measure for probes, and the method's own is taken; guided's has its own measure
-    (`zoft.train.rate`). The option probe_batching becomes what is faster.
+    The method becomes `guided` if `model` has a residual stream for it to go back along (with `attention` through that
+    as well), else `zo-act`, which takes any weights, and experts that the `adapter` to go on from adds to. lr and eps
+    are measured unless they are given, where training begins. `look` gives the losses of some batches, if they are
+    needed; `model` stays as it is. Where the loss does not curve upwards there is no lr to measure for probes, and the
+    method's own is taken; guided's has its own measure (`zoft.train.rate`). The option probe_batching becomes what is
+    faster.
 
     Raises:
-        UserError: lr or eps is to be measured, and cannot be, or probe_batching is wanted, and cannot be had.
+        UserError: lr or eps is to be measured, and cannot be, or probe_batching is wanted, and cannot be had; or probes
+            are left, and the objective is not the loss.
     """
     batching = config.method_options.get(BATCHING)
     if AUTO not in (config.method, config.lr, config.eps) and not batching:
@@ -53,12 +54,12 @@ def settle(
     if batching:
         config = replace(config, method_options=config.method_options | {BATCHING: False})
         faster = _together_is_faster(config, model, closures[0], wanted=batching != AUTO)
-        config, found = settle(config, model, lambda: closures, texts, adapter)
+        config, found = settle(config, model, lambda: closures, attention, adapter)
         return replace(config, method_options=config.method_options | {BATCHING: faster}), found
     unset: dict[str, Any] = {name: AUTO for name in ("lr", "eps") if getattr(config, name) is None}
     experts = {name for name, _ in find_experts(model)}
     if config.method == AUTO and not experts & (adapter or {}).keys():
-        through = {"attention": True} if texts else {}
+        through = {"attention": True} if attention else {}
         guided = replace(config, method="guided", method_options=through | config.method_options)
         try:
             lr = _guided_lr(replace(guided, **unset), model, closures[0], adapter)
@@ -67,6 +68,11 @@ def settle(
             return settle(config, model, lambda: closures, adapter=adapter)
         except (NoLinearLayers, NoStream):
             pass  # probes need neither
+    if config.method == AUTO and config.objective != LOSS:
+        raise UserError(
+            f"objective {config.objective} has no slope by itself, and guided finds no residual stream here: choose a "
+            "method with probes (--method zo-act, agzo, ...), an lr and an eps"
+        )
     if config.method == AUTO:
         config = replace(config, method="zo-act", **unset)
     if AUTO not in (config.lr, config.eps):

@@ -20,6 +20,7 @@ from zoft.train.values import as_type, near_miss
 
 ComputeDtype = Literal["auto", "weights", "float32"]  # `zoft.train.arithmetic`
 LOSS = "loss"
+SAMPLES = 4  # answers drawn for a prompt
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")
 
 
@@ -31,7 +32,7 @@ class TrainConfig:
     task and method. What is ``"auto"`` is settled once the model is there (`zoft.train.auto`). With `seconds`, training
     ends after so many seconds of its steps, if not after `steps` before, and evaluates then; with `eval_seconds`, every
     so many seconds as well. `objective` is what is trained for: the loss, a metric of the task, or a reward, which
-    then is the first of its metrics.
+    then is the first of its metrics; methods that take its slope draw so many `samples` of generated text a prompt.
     """
 
     model: str
@@ -43,6 +44,7 @@ class TrainConfig:
     metric: str | None = None
 
     objective: str = LOSS
+    samples: int = SAMPLES
     method: str = AUTO
     lr: Literal["auto"] | float | None = None
     eps: Literal["auto"] | float | None = None
@@ -61,6 +63,7 @@ class TrainConfig:
     device: str | None = None
     memory: str | None = None
     max_length: int | None = None
+    max_new_tokens: int | None = None
 
     train_examples: int | None = None
     dev_examples: int = 200
@@ -127,22 +130,23 @@ class TrainConfig:
             if task.kind == "text":
                 raise UserError(f"objective {reward} needs generated answers; metric {task.metric} generates none")
             task = dataclasses.replace(task, metric=reward, also=(task.metric, *task.also))
+        if self.max_new_tokens is not None:
+            if task.kind != "generation":
+                raise UserError(f"max_new_tokens is of generated answers; {task.title} has none")
+            task = dataclasses.replace(task, max_new_tokens=self.max_new_tokens)
         for name in filter(is_reward, (task.metric, *task.also)):
             load_reward(name)  # what is wrong with it is said before a model is loaded
         return task
 
     def check_objective(self, task: Task) -> None:
-        """Raises UserError if the objective is no metric of single examples, or the method has to know its slope."""
+        """Raises UserError if the objective is no metric of single examples, or lr or eps cannot be measured by it."""
         if self.objective == LOSS:
             return
         names = [LOSS, *(name for name in (task.metric, *task.also) if name not in ("matthews", LIKELIHOOD))]
         if self.objective not in names:
             raise UserError(f"unknown objective {self.objective!r} of {task.title}; {near_miss(self.objective, names)}")
-        if self.method in (AUTO, "guided", *FIRST_ORDER) or AUTO in (self.lr, self.eps):
-            raise UserError(
-                f"objective {self.objective} has no slope: choose a method with probes (--method zo-act, agzo, ...) "
-                "and leave neither lr nor eps to auto"
-            )
+        if self.method not in (AUTO, "guided", *FIRST_ORDER) and AUTO in (self.lr, self.eps):
+            raise UserError(f"objective {self.objective} moves in steps: leave neither lr nor eps to auto")
 
     def save(self, path: Path) -> None:
         """Write every field as YAML."""
@@ -173,7 +177,7 @@ class TrainConfig:
     def _check(self) -> None:
         at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "dev_examples": 1, "eval_batch_size": 1}
         at_least |= {"eval_steps": 1, "log_steps": 1, "warmup_steps": 0, "seed": 0, "save_steps": 1}
-        at_least |= {"train_examples": 1, "eval_examples": 1, "max_length": 8}
+        at_least |= {"samples": 2, "train_examples": 1, "eval_examples": 1, "max_length": 8, "max_new_tokens": 1}
         for name, lowest in at_least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:

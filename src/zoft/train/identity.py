@@ -18,8 +18,8 @@ from zoft.optim.placement import loaded_parameter
 from zoft.train.config import TrainConfig
 
 # The order of the rows follows from their digest and these settings, `steps` among them unless train_examples is set.
-SETTINGS = {"method", "method_options", "eps", "weight_decay", "objective", "seed", "batch_size", "accumulate"}
-SETTINGS |= {"train_examples", "dev_examples", "max_length", "dtype"}
+SETTINGS = {"method", "method_options", "eps", "weight_decay", "objective", "samples", "max_new_tokens", "seed"}
+SETTINGS |= {"batch_size", "accumulate", "train_examples", "dev_examples", "max_length", "dtype"}
 MEANING = {"model": "the weights of the model", "rows": "the training rows"}
 
 

@@ -25,7 +25,6 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zoft.data import (
-    Begun,
     Collator,
     Task,
     begin,
@@ -36,15 +35,16 @@ from zoft.data import (
     read_candidates,
     read_logits,
     score,
-    score_each,
     slope,
 )
-from zoft.optim import Loss
+from zoft.optim import Loss, Probes
 from zoft.train.batches import BatchLoss
 from zoft.train.checkpoints import remove, seal, whole_folder
-from zoft.train.config import LOSS
+from zoft.train.config import LOSS, SAMPLES
+from zoft.train.generate import as_texts, generate
 from zoft.train.head import find_head
 from zoft.train.processes import wait
+from zoft.train.shortfall import Shortfall
 from zoft.train.trainer import ZOTrainer
 
 LARGE = 1 << 26  # logits of texts that are evaluated together
@@ -76,7 +76,8 @@ class TaskTrainer(ZOTrainer):
     """A `ZOTrainer` whose loss, batches and metrics are a task's.
 
     It trains for the task's loss, or for another `objective`, one of its metrics: then the loss of an example is one
-    minus that metric of what is predicted for it, as in an evaluation.
+    minus that metric of what is predicted for it, as in an evaluation. Methods that take the loss's slope, which this
+    one does not have, are given its expected value over the answers that the model may give, or over `samples` drawn.
 
     A checkpoint is written aside and renamed once it is whole, and notes the identity of the `run`; the best one and
     the last are kept.
@@ -95,16 +96,20 @@ class TaskTrainer(ZOTrainer):
         run: dict[str, Any] | None = None,
         save_steps: int | None = None,
         objective: str = LOSS,
+        samples: int = SAMPLES,
         **rest: Any,
     ) -> None:
         self.task, self.tokenizer, self.save_steps, self.run = task, tokenizer, save_steps, run or {}
         self._place: Path | None = None  # of a checkpoint that is being written
-        self.objective: str = objective
         self.predictions: dict[int, Any] = {}
         pad = tokenizer.pad_token_id
         self._predict = Collator(pad, "generate" if task.kind == "generation" else "eval")
         collate = Collator(pad, "train") if objective == LOSS else self._predict
         super().__init__(model, args, data_collator=collate, processing_class=tokenizer, **rest)
+        dataset: Any = self.train_dataset
+        self._shortfall: Shortfall | None = None
+        if objective != LOSS:
+            self._shortfall = Shortfall(task, objective, dataset.rows, tokenizer, samples)
 
         self.remove_callback(PrinterCallback)  # it prints on standard output
         self._head = find_head(model) if task.kind in ("generation", "text") else None  # others read few logits
@@ -147,6 +152,20 @@ class TaskTrainer(ZOTrainer):
 
     # --- loss and predictions --------------------------------------------------------------------------------
 
+    def training_step(
+        self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if self._shortfall is not None and not self._probed:
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                inputs = self._shortfall.expecting(model.eval(), inputs, hash((self.args.seed, self.state.global_step)))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    @property
+    def _probed(self) -> bool:
+        """Whether probes train, which take an objective as it is; others take the slope of its expected value."""
+        return self.zero_order is not None and isinstance(self.zero_order.estimator, Probes)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -155,8 +174,9 @@ class TaskTrainer(ZOTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of each example [B] and its slope for a zeroth-order optimizer, their mean for a first-order one."""
-        if self.objective != LOSS:
-            return self._shortfall(model, inputs)
+        if self._shortfall is not None and self._probed:
+            guesses = self._decode(self._guess(model, inputs)[0].cpu().numpy())
+            return self._shortfall.of(guesses, inputs["index"].tolist())
         logits = read_logits(model, inputs, self._head)
         loss: Any = losses(logits, inputs)
         loss = loss.mean() if self.zero_order is None else Loss(loss, partial(slope, logits, inputs), examples(inputs))
@@ -183,7 +203,7 @@ class TaskTrainer(ZOTrainer):
                 return found, found
             begun = begin(model, inputs) if together else None
             if self.task.kind == "generation":
-                return (self._generate(inputs, begun),)
+                return (generate(model, self.tokenizer, self.task, inputs, begun),)
             if begun is None:
                 logits, batch = read_candidates(model, inputs)
             else:
@@ -197,36 +217,6 @@ class TaskTrainer(ZOTrainer):
         together = max(1, LARGE // (tokens * model.config.get_text_config().vocab_size))
         for start in range(0, count, together):
             yield {name: tensor[start : start + together] for name, tensor in inputs.items()}
-
-    def _shortfall(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """One minus the objective, of each example [B]."""
-        dataset: Any = self.train_dataset
-        guesses = self._decode(self._guess(model, inputs)[0].cpu().numpy())
-        rows = [dataset.rows[i] for i in inputs["index"].tolist()]
-        return 1 - torch.tensor(score_each(self.task, self.objective, guesses, rows), dtype=torch.float64)
-
-    def _generate(self, inputs: dict[str, Tensor], begun: Begun | None) -> Tensor:
-        model: Any = self.model
-        prompt, read = (inputs, None) if begun is None else (begun.inputs, begun.cache)
-        output = model.generate(
-            input_ids=prompt["input_ids"],
-            attention_mask=prompt["attention_mask"],
-            past_key_values=read,
-            max_new_tokens=self.task.max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self._ends(),
-            stop_strings=self.task.stop,
-            tokenizer=self.tokenizer,
-        )
-        return output[:, inputs["input_ids"].shape[1] :]
-
-    def _ends(self) -> list[int] | None:
-        """Tokens that end a text: those that the model declares, and the tokenizer's, which answers end in."""
-        model: Any = self.model
-        declared = model.generation_config.eos_token_id
-        ends = {*(declared if isinstance(declared, list) else [declared]), self.tokenizer.eos_token_id}
-        return sorted(ends - {None}) or None
 
     # --- metrics ---------------------------------------------------------------------------------------------
 
@@ -293,7 +283,4 @@ class TaskTrainer(ZOTrainer):
                 remove(folder)
 
     def _decode(self, predictions: Any) -> list[Any]:
-        if self.task.kind != "generation":
-            return predictions.tolist()
-        tokens = np.where(predictions < 0, self.tokenizer.pad_token_id, predictions)
-        return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        return as_texts(self.tokenizer, predictions) if self.task.kind == "generation" else predictions.tolist()

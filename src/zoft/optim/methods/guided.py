@@ -21,8 +21,9 @@ class Guided(ZeroOrder):
     at the positions that the loss reads, r at most their number, and A stays. Each step computes the coefficients'
     estimate from the error at the output (`zoft.optim.guided`) and hands it to Adam. Only matrices that the estimate
     reaches are trained. One forward a step (and a look at the model, once, to find the residual stream, which is not
-    counted). The closure must return a `zoft.optim.Loss`. `lr` is meant to fall to 0 over the run; `zoft train` has it
-    fall linearly.
+    counted). The closure returns a loss that autograd can follow back to what the final norm gives (it records the head
+    and the loss), or a `zoft.optim.Loss` that knows its slope at the logits (then nothing is recorded). `lr` is meant
+    to fall to 0 over the run; `zoft train` has it fall linearly.
 
     With ``into="weights"`` the steps are written into the weights, and the basis may be renewed every
     `renew_every` steps. ``attention=True`` carries the error through attention as well, its pattern held fixed, to all
@@ -35,8 +36,9 @@ class Guided(ZeroOrder):
 
     Raises:
         ValueError: `two_pass` with `feed_forward` or `attention`, or `attention_after` without `attention`.
-        NoStream: at the first estimate, if the model has no residual stream that ends in a norm and a linear head, or
-            `include` and `exclude` leave nothing that the estimate reaches.
+        NoStream: at the first estimate, if the model has no residual stream that ends in a norm, or `include` and
+            `exclude` leave nothing that the estimate reaches.
+        ValueError: at an estimate, if autograd cannot follow the loss, or the model runs more than once for it.
         NotRepeatable: at an estimate with `attention`, if a block, run again, gives something else (dropout).
     """
 

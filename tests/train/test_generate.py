@@ -1,0 +1,59 @@
+"""Answers drawn from a model: they are drawn as it gives them, end where they end, and disturb no one else's draws."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoft.data import custom_task
+from zoft.train.generate import as_texts, end_tokens, generate, lengths, random_as
+
+from .tiny import TOKENIZER, make_model
+
+TASK = dataclasses.replace(custom_task(), max_new_tokens=6)
+
+
+def prompts(count: int) -> dict[str, Tensor]:
+    ids = torch.tensor([TOKENIZER("fine film").input_ids] * count)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_the_first_token_is_drawn_as_likely_as_it_is() -> None:
+    """Whatever the model's own settings for generating are."""
+    model = make_model()
+    model.generation_config.update(do_sample=True, temperature=0.1, top_k=2, top_p=0.5, repetition_penalty=3.0)
+    task = dataclasses.replace(TASK, max_new_tokens=1)
+    with torch.no_grad(), random_as(0, torch.device("cpu")):
+        expected = model(**prompts(1)).logits[0, -1].softmax(0)
+        tokens = generate(model, TOKENIZER, task, prompts(4), samples=2500)
+    assert tokens.shape == (10000, 1)
+    found = torch.bincount(tokens[:, 0], minlength=len(expected)) / len(tokens)
+    assert (found - expected).abs().max() < 4 * (expected.max() / len(tokens)) ** 0.5
+
+
+def test_the_same_seed_draws_the_same_and_the_users_own_draws_go_on() -> None:
+    model, found = make_model(), []
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    for seed in (1, 1, 2):
+        with random_as(seed, torch.device("cpu")):
+            found.append(generate(model, TOKENIZER, TASK, prompts(2), samples=3))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert torch.equal(torch.rand(3), expected)
+    with pytest.raises(KeyError), random_as(1, torch.device("cpu")):
+        raise KeyError
+    assert found[0].shape == (6, found[0].shape[1])
+
+
+def test_where_answers_end() -> None:
+    model = make_model()
+    ends = end_tokens(model, TOKENIZER)
+    assert ends is not None
+    end, a, b = ends[0], *TOKENIZER("film great").input_ids[:2]
+    answers = torch.tensor([[a, end, end, end], [a, b, a, b], [end, a, a, a]])
+    assert lengths(model, TOKENIZER, TASK, answers) == [2, 4, 1]
+    stop = TOKENIZER.decode([b]).strip()
+    assert lengths(model, TOKENIZER, dataclasses.replace(TASK, stop=stop), answers) == [2, 2, 1]
+    assert as_texts(TOKENIZER, answers[:1]) == as_texts(TOKENIZER, torch.tensor([[a, -100]]).numpy())
