@@ -172,3 +172,13 @@ def test_only_train_settles_probe_batching(zoft: Callable[..., Outcome], model: 
     outcome = zoft("align", model, "--task", "sst2", *given)
     assert outcome.code == 2
     assert "probe_batching must be True or False" in outcome.err
+
+
+def test_another_objective_is_not_measured_by_probes(
+    zoft: Callable[..., Outcome], post_norm: Path, data: Path, tmp_path: Path
+) -> None:
+    """Without a stream probes are left, and their lr and eps cannot be measured by what moves in steps."""
+    flags = ("--task", "sst2", "--data", data, "--objective", "accuracy", *FEW, "--out", tmp_path / "run")
+    outcome = zoft("train", post_norm, *flags)
+    assert outcome.code == 2 and "guided finds no residual stream here: choose a method with probes" in outcome.err
+    assert zoft("train", post_norm, *flags, "--method", "zo-act", "--lr", "1e-3", "--eps", "0.1").code == 0

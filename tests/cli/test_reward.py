@@ -49,7 +49,7 @@ def test_training_for_a_reward(
     assert "rewards.py:share" in page and "✗ wrong" not in page
 
 
-@pytest.mark.parametrize("method, lr, forwards", [("auto", "0.1", 40), ("fo-adamw", "0.01", 60)])
+@pytest.mark.parametrize("method, lr, forwards", [("guided -o attention=true", "0.1", 40), ("fo-adamw", "0.01", 60)])
 def test_answers_drawn_lead_to_the_reward(
     method: str,
     lr: str,
@@ -60,10 +60,9 @@ def test_answers_drawn_lead_to_the_reward(
     prompts: Path,
     tmp_path: Path,
 ) -> None:
-    """Guided goes through attention there: a step counts as two forwards."""
     out = tmp_path / "run"
     summary = zoft(
-        "train", model, "--data", prompts, "--objective", reward, "--method", method, "--lr", lr, "--steps", 20,
+        "train", model, "--data", prompts, "--objective", reward, "--method", *method.split(), "--lr", lr, "--steps", 20,
         "--eval-steps", 10, "--batch-size", 8, "--max-new-tokens", 6, "--out", out, "--json",
     ).json()  # fmt: skip
     assert summary["forwards"] == forwards
@@ -82,7 +81,7 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(
 ) -> None:
     outs = [tmp_path / name for name in ("whole", "resumed")]
     flags = ["--objective", reward, "--lr", "0.01", "--steps", 6, "--eval-steps", 2, "--save-steps", 2]
-    flags += ["--batch-size", 4, "--max-new-tokens", 4, "--samples", 2, "--method", "guided"]
+    flags += ["--batch-size", 4, "--max-new-tokens", 4, "--samples", 2]
     assert zoft("train", model, "--data", prompts, *flags, "--out", outs[0]).code == 0
     interrupt(3)
     assert zoft("train", model, "--data", prompts, *flags, "--out", outs[1]).code != 0

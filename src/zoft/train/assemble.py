@@ -101,9 +101,8 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
         some = rows["train"][: BATCHES * config.batch_size]
         return task_closures(model, task_batches(model, tokenizer, task, some, config.batch_size))
 
-    drawn = config.objective != LOSS and task.kind == "generation"  # which takes longer than any way back
-    through = drawn or (task.kind in ("generation", "text") and data["train"].learned >= TEXTS)
-    config, measured = settle(config, model, look, through, adapter)
+    texts = config.objective == LOSS and task.kind in ("generation", "text") and data["train"].learned >= TEXTS
+    config, measured = settle(config, model, look, texts, adapter)
     if measured is not None and measured.lr is None:
         console.print("the loss does not curve upwards here, so lr cannot be measured: the method's own is taken")
     model, optimizer = build(config, model, adapter)

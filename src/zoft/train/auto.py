@@ -31,17 +31,17 @@ def settle(
     config: TrainConfig,
     model: Any,
     look: Callable[[], Sequence[Closure]],
-    attention: bool = False,
+    texts: bool = False,
     adapter: Factors | None = None,
 ) -> tuple[TrainConfig, Diagnosis | None]:
     """`config` without ``auto``, and the measurement behind its lr or eps, if they had to be measured.
 
-    The method becomes `guided` if `model` has a residual stream for it to go back along (with `attention` through that
-    as well), else `zo-act`, which takes any weights, and experts that the `adapter` to go on from adds to. lr and eps
-    are measured unless they are given, where training begins. `look` gives the losses of some batches, if they are
-    needed; `model` stays as it is. Where the loss does not curve upwards there is no lr to measure for probes, and the
-    method's own is taken; guided's has its own measure (`zoft.train.rate`). The option probe_batching becomes what is
-    faster.
+    The method becomes `guided` if `model` has a residual stream for it to go back along (through attention as well if
+    `texts` are learned, most of whose tokens the loss reads), else `zo-act`, which takes any weights, and experts that
+    the `adapter` to go on from adds to. lr and eps are measured unless they are given, where training begins. `look`
+    gives the losses of some batches, if they are needed; `model` stays as it is. Where the loss does not curve upwards
+    there is no lr to measure for probes, and the method's own is taken; guided's has its own measure
+    (`zoft.train.rate`). The option probe_batching becomes what is faster.
 
     Raises:
         UserError: lr or eps is to be measured, and cannot be, or probe_batching is wanted, and cannot be had; or probes
@@ -54,12 +54,12 @@ def settle(
     if batching:
         config = replace(config, method_options=config.method_options | {BATCHING: False})
         faster = _together_is_faster(config, model, closures[0], wanted=batching != AUTO)
-        config, found = settle(config, model, lambda: closures, attention, adapter)
+        config, found = settle(config, model, lambda: closures, texts, adapter)
         return replace(config, method_options=config.method_options | {BATCHING: faster}), found
     unset: dict[str, Any] = {name: AUTO for name in ("lr", "eps") if getattr(config, name) is None}
     experts = {name for name, _ in find_experts(model)}
     if config.method == AUTO and not experts & (adapter or {}).keys():
-        through = {"attention": True} if attention else {}
+        through = {"attention": True} if texts else {}
         guided = replace(config, method="guided", method_options=through | config.method_options)
         try:
             lr = _guided_lr(replace(guided, **unset), model, closures[0], adapter)
