@@ -62,8 +62,8 @@ def test_answers_drawn_lead_to_the_reward(
 ) -> None:
     out = tmp_path / "run"
     summary = zoft(
-        "train", model, "--data", prompts, "--objective", reward, "--method", *method.split(), "--lr", lr, "--steps", 20,
-        "--eval-steps", 10, "--batch-size", 8, "--max-new-tokens", 6, "--out", out, "--json",
+        "train", model, "--data", prompts, "--objective", reward, "--method", *method.split(), "--lr", lr,
+        "--steps", 20, "--eval-steps", 10, "--batch-size", 8, "--max-new-tokens", 6, "--out", out, "--json",
     ).json()  # fmt: skip
     assert summary["forwards"] == forwards
     assert summary["best_dev"] > summary["initial_dev"] + 0.05
