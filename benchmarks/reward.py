@@ -27,6 +27,7 @@ POPULATION = {"leave_one_out": True, "shape": "rank"}
 WAYS: dict[str, dict[str, Any]] = {
     "guided": {"method": "guided", "method_options": {"attention": True}, "lr": 1e-3},
     "guided-without-attention": {"method": "guided", "lr": 1e-3},
+    "fo-adamw": {"method": "fo-adamw", "lr": 1e-5},
     "agzo": {"method": "agzo", "method_options": POPULATION | {"probes": 8}, "eps": 3e-2, "lr": 3e-3},
     "zo-act": {"method": "zo-act", "method_options": POPULATION | {"probes": 8}, "eps": 3e-2, "lr": 1e-3},
 }
