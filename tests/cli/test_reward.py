@@ -71,6 +71,14 @@ def test_answers_drawn_lead_to_the_reward(
     assert found[-1] < found[0] - 0.03
 
 
+def test_prompts_alone_can_be_measured(zoft: Callable[..., Outcome], model: Path, reward: str, prompts: Path) -> None:
+    """What a model is worth before it is trained; once rows had to have an answer all the same."""
+    measure = ("eval", model, "--data", prompts, "--metric", reward, "--max-new-tokens", 3)
+    assert 0 <= zoft(*measure, "--json").json()[reward] < 1
+    refused = zoft(*measure, "--shots", 2)  # which are shown with their answers
+    assert refused.code == 2 and "no column 'completion'" in refused.err
+
+
 def test_a_resumed_run_draws_what_it_would_have_drawn(
     zoft: Callable[..., Outcome],
     interrupt: Callable[[int], None],

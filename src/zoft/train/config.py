@@ -113,8 +113,11 @@ class TrainConfig:
         half = self.dtype in ("auto", "bfloat16", *QUANTIZED) and self.compute_dtype != "float32"
         return self.first_order and half
 
-    def load_task(self) -> Task:
-        """The task named by `task`, or the one that `template`, `words` and `label` describe."""
+    def load_task(self, learned: bool = True) -> Task:
+        """The task named by `task`, or the one that `template`, `words` and `label` describe.
+
+        Where answers are not `learned`, as where a reward is the objective, rows need none if a reward measures.
+        """
         reward = self.objective if is_reward(self.objective) else None
         if self.task is not None:
             own = [name for name in ("template", "words", "label", "metric") if getattr(self, name) is not None]
@@ -123,7 +126,7 @@ class TrainConfig:
             task = load_task(self.task)
         else:
             words = parse_words(self.words) if self.words is not None else None
-            answered = reward is None or self.metric not in (None, reward)
+            answered = (learned and reward is None) or not is_reward(self.metric or reward or "")
             form = "answer" if self.data is None else form_of(first_row(self.data))
             task = custom_task(self.template, words, self.label, self.metric or reward, answered, form)
         if reward not in (None, task.metric):

@@ -21,7 +21,7 @@ def evaluate(config: TrainConfig, shots: int = 0) -> dict[str, Any]:
     Raises:
         UserError: anything the user can mend.
     """
-    task = config.load_task()
+    task = config.load_task(learned=shots > 0)
     shown = sample(load_rows(task, config.data, "train"), shots, config.seed) if shots else []
     rows = load_rows(task, config.data, "validation")
     rows = sample(rows, config.eval_examples or len(rows), 0)
