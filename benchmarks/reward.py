@@ -25,8 +25,8 @@ from zoft.train.files import write_json
 RESULTS = Path(__file__).parent / "results" / "objective"
 POPULATION = {"leave_one_out": True, "shape": "rank"}
 WAYS: dict[str, dict[str, Any]] = {
-    "guided": {"method": "guided", "method_options": {"attention": True}, "lr": 1e-3},
-    "guided-without-attention": {"method": "guided", "lr": 1e-3},
+    "guided": {"method": "guided", "lr": 1e-3},
+    "guided-attention": {"method": "guided", "method_options": {"attention": True}, "lr": 1e-3},
     "fo-adamw": {"method": "fo-adamw", "lr": 1e-5},
     "agzo": {"method": "agzo", "method_options": POPULATION | {"probes": 8}, "eps": 3e-2, "lr": 3e-3},
     "zo-act": {"method": "zo-act", "method_options": POPULATION | {"probes": 8}, "eps": 3e-2, "lr": 1e-3},
