@@ -12,14 +12,7 @@ IGNORE = -100
 """Label of a position without a target, as transformers has it."""
 
 COMMON = {"label_words"}  # of all examples of a batch
-SEQUENCES = {
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "labels",
-    "norms",
-    "drawn",
-}  # what else it has is of examples
+SEQUENCES = {"input_ids", "attention_mask", "position_ids", "labels", "norms", "drawn"}  # the rest is of examples
 
 
 class Collator:

@@ -99,11 +99,11 @@ def losses(logits: Logits, batch: Batch) -> Tensor:
     falls short of the best, under that softmax; or of answers drawn, the mean of `drawn` [N].
     """
     if "shortfalls" in batch:
-        return (_scores(logits, batch).softmax(1) * batch["shortfalls"]).sum(1)
+        return _over_candidates(_scores(logits, batch), batch)
     if "targets" in batch:
         return F.cross_entropy(_scores(logits, batch), batch["targets"], reduction="none")
     if "drawn" in batch:
-        return _expected(logits, batch)
+        return _over_answers(logits, batch)
     return -_log_likelihoods(logits, batch["labels"]) / (batch["labels"] != IGNORE).sum(1)
 
 
@@ -170,11 +170,15 @@ def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
 def _choice_errors(scores: Tensor, batch: Batch) -> Tensor:
     """The gradient of the mean of `losses` with respect to `scores` [B, C]."""
     if "shortfalls" in batch:
-        shares = scores.softmax(1)
-        expected = (shares * batch["shortfalls"]).sum(1, keepdim=True)
-        return shares * (batch["shortfalls"] - expected) / len(scores)
+        above = batch["shortfalls"] - _over_candidates(scores, batch).unsqueeze(1)
+        return scores.softmax(1) * above / len(scores)
     right = F.one_hot(batch["targets"], scores.shape[1])
     return (scores.softmax(1) - right) / len(scores)
+
+
+def _over_candidates(scores: Tensor, batch: Batch) -> Tensor:
+    """The expected shortfall of each example's candidates [B]."""
+    return (scores.softmax(1) * batch["shortfalls"]).sum(1)
 
 
 def _advantages(batch: Batch) -> Tensor:
@@ -184,7 +188,7 @@ def _advantages(batch: Batch) -> Tensor:
     return batch["drawn"] - others / (counts[of] - 1)
 
 
-def _expected(logits: Logits, batch: Batch) -> Tensor:
+def _over_answers(logits: Logits, batch: Batch) -> Tensor:
     """The mean of the answers drawn for each example [B], whose gradient, if it is recorded, is that of `slope`."""
     each = batch["drawn"]
     if isinstance(logits, Tensor) and logits.requires_grad:

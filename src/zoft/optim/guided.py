@@ -215,8 +215,10 @@ class _WayBack:
     attention: bool
 
     def to_end(self, stream: Stream, head: Head | None, given: Tensor | Iterable[Tensor]) -> Tensor:
-        """The error at the end of the stream, float32 [rows, d], for that `given` at the output of `head`, or of the
-        last norm without one. It may come in parts of positions."""
+        """The error at the end of the stream, float32 [rows, d], for that `given` at the output of `head`.
+
+        Or of the last norm, without a head. What is given may come in parts of positions.
+        """
         parts = [given] if isinstance(given, Tensor) else given
         if head is not None:
             products = (self.transposed(head.map, part.to(head.map.device)) for part in _joined(parts, head.map))
