@@ -1,6 +1,7 @@
 """What ``zoft train`` notices, and ``--guard``: going back from a divergence with a smaller learning rate."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_guard(method: str, lr: float, schedule: str, train: Callable[..., Outco
     assert summary["steps"] == 100
     assert summary["forwards"] == (200 if method != "fo-adamw" else 300)
     assert summary["best_dev"] >= lines(out, "eval_accuracy")[0][1]
-    losses = [loss for _, loss in lines(out, "loss")]
+    losses = [math.inf if loss is None else loss for _, loss in lines(out, "loss")]  # on some processors not finite
     assert max(losses) > 1_000 and max(losses[-10:]) < 2
     if method == "fo-adamw":
         start, *_, kept = (loss for _, loss in lines(out, "validation_loss"))

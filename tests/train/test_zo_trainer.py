@@ -1,7 +1,9 @@
 """`ZOTrainer` as a drop-in: transformers' arguments, a plain data set of dicts, the default collator."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,24 @@ def test_scheduler_sets_the_learning_rate(arguments: Arguments) -> None:
     trainer_of(optimizer, arguments(max_steps=4, lr_scheduler_type="linear"), callbacks=[Watch()]).train()
     assert rates == pytest.approx([4e-4, 3e-4, 2e-4, 1e-4])
     assert moves == pytest.approx([moves[0] * share for share in (1, 0.75, 0.5, 0.25)], rel=0.05)
+
+
+@pytest.mark.parametrize("make", [partial(zoft.AGZO, lr=1e-3), lambda model: torch.optim.SGD(model.parameters(), 0.0)])
+def test_a_loss_that_is_not_finite_is_logged_once(make: Callable[[PreTrainedModel], Any], arguments: Arguments) -> None:
+    """Once all that followed was logged as not finite."""
+    record, model = Record(), llama()
+    args = arguments(max_steps=4, logging_steps=1, logging_nan_inf_filter=False)
+    rows = examples()
+    trainer = ZOTrainer(model, args, train_dataset=rows, optimizers=(make(model), None), callbacks=[record])
+    compute = trainer.compute_loss
+
+    def breaks(network: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
+        loss = compute(network, inputs, *rest, **options)
+        return loss + math.nan if trainer.state.global_step == 1 else loss
+
+    trainer.compute_loss = breaks  # type: ignore[method-assign]
+    trainer.train()
+    assert [math.isfinite(loss) for loss in record.values("loss")] == [True, False, True, True]
 
 
 def test_callbacks_get_the_projected_gradient(arguments: Arguments) -> None:

@@ -100,6 +100,12 @@ class ZOTrainer(Trainer):
         with self.compute_loss_context_manager():
             return self.compute_loss(model, dict(inputs))  # which may take labels out
 
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **options: Any) -> None:
+        logs = self.control.should_log
+        super()._maybe_log_save_evaluate(tr_loss, *args, **options)
+        if logs:  # transformers takes the sum of losses from itself, and one that is not finite would stay for good
+            tr_loss.zero_()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         optimizer = self.zero_order
         if optimizer is not None and "loss" in logs:
