@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     ApertusConfig,
+    BartConfig,
+    BertConfig,
     CohereConfig,
     Glm4MoeConfig,
     GlmConfig,
@@ -17,9 +19,12 @@ from transformers import (
     Lfm2Config,
     MixtralConfig,
     Olmo2Config,
+    OpenAIGPTConfig,
+    OPTConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedModel,
+    RobertaPreLayerNormConfig,
 )
 
 from zoft.optim import Guided, Loss, cross_entropy
@@ -29,6 +34,8 @@ from .models import ARCHITECTURES, GROUPED, SIZES, build, token_batch
 
 GRANITE = {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.5}
 SHARED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
+OPT = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 16, "init_std": 0.1, "activation_function": "gelu"}
+BART = {"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
 BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     **{name: make for name, (make, _) in ARCHITECTURES.items()},
     "granite": lambda: build(GraniteConfig(**GROUPED, **GRANITE)),
@@ -43,8 +50,18 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "apertus": lambda: build(ApertusConfig(**GROUPED)),
     "mixtral": lambda: build(MixtralConfig(**GROUPED, num_local_experts=2)),
     "glm4 moe": lambda: build(Glm4MoeConfig(**GROUPED, **SHARED, head_dim=8)),
+    "roberta before its head": lambda: build(RobertaPreLayerNormConfig(**SIZES, intermediate_size=48, is_decoder=True)),
 }
-NEGLECTED = {"mixtral": ("mlp",), "glm4 moe": ("experts", "gate")}  # parts that the error does not go through
+BUILDERS |= (
+    NORMALISED := {  # the stream itself, block by block
+        "bert": lambda: build(BertConfig(**SIZES, intermediate_size=48, is_decoder=True)),
+        "bart": lambda: build(BartConfig(**BART)),
+        "openai-gpt": lambda: build(OpenAIGPTConfig(**SIZES, n_positions=64)),
+        "opt normalised": lambda: build(OPTConfig(**OPT, do_layer_norm_before=False)),
+    }
+)
+# Parts that the error does not go through.
+NEGLECTED = {"mixtral": ("mlp",), "glm4 moe": ("experts", "gate"), "openai-gpt": ("attn",)}
 
 
 def closure_of(model: nn.Module, batch: dict[str, Tensor], **options: int) -> Callable[[], Loss]:

@@ -4,7 +4,7 @@ At the positions whose logits the loss reads, the gradient at the logits is know
 final norm carry it to the end of the residual stream, transposed and in closed form; the stream itself carries it back
 almost unchanged, because every block adds to it: ``h_end = h_l + (what later blocks add)``. So for a matrix that writes
 its input x into the stream, ``G ~ sum over positions of e x^T``, and its coefficients in a basis A of the inputs are
-``C = sum of e (x A)^T``. Where a block's feed-forward part is known in closed form, the error is carried through it as
+``C = sum of e (x A)^T``. Blocks that normalise the stream itself (BERT's kind) carry it through their norms. Where a block's feed-forward part is known in closed form, the error is carried through it as
 well, which gives its inner matrices their factors and corrects the error for the blocks before.
 
 With its pattern held fixed, attention is a linear map of the values (`zoft.optim.attention`): if it is asked for, the
@@ -16,7 +16,7 @@ What is neglected is the rest of the way through attention: how its pattern chan
 at positions that the loss does not read. The estimate is therefore biased, but needs no probe: one forward pass. It is
 white-box (weights of the head and within the blocks are read, transposed) and asks the loss for its slope at the
 logits. Of a loss that does not know it, or behind another head, autograd takes the slope at what the final norm gives:
-of the blocks nothing is recorded.
+of the blocks nothing is recorded, and the linear maps that follow learn from the gradient itself.
 
 Relatives: feedback alignment (Lillicrap et al. 2016) and direct feedback alignment (Nøkland 2016) send errors back
 through fixed matrices; the logit lens (nostalgebraist 2020) reads the stream through the head in the other direction.
@@ -25,15 +25,17 @@ through fixed matrices; the logit lens (nostalgebraist 2020) reads the stream th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoft.optim.block import Block, Writer
 from zoft.optim.capture import Tokens
 from zoft.optim.estimator import Estimate
 from zoft.optim.inside import Attention
@@ -41,7 +43,7 @@ from zoft.optim.kept import BlockCall, Kept, called, coordinates, keeping
 from zoft.optim.landscape import Divisible, Landscape
 from zoft.optim.layers import LinearMap
 from zoft.optim.loss import Differentiated
-from zoft.optim.stream import Block, Head, NoStream, Stream, Writer, find_stream
+from zoft.optim.stream import Head, NoStream, Stream, find_stream
 from zoft.optim.transpose import FeedForward, Norm, transposed_product
 
 JOINED = 1 << 23  # numbers of an error at the logits that are multiplied by the head's weight at a time
@@ -67,8 +69,9 @@ class Guided:
     the error is the same for all of them, and with `two_pass` it is known before a second pass, in which each factor is
     taken as its layer is called: nothing is kept per layer.
 
-    Where the closure returns a `Loss` with its slope, and the logits come straight from a linear head, all is in closed
-    form. Else autograd takes the slope of the loss, back to the end of the stream and no further.
+    Where the closure returns a `Loss` with its slope, and the logits come straight from a linear head that is not
+    trained, all is in closed form. Else autograd takes the slope of the loss, back to the end of the stream and no
+    further, and what follows it (a classifier) is trained by what it finds there.
 
     Raises:
         ValueError: `two_pass` with `feed_forward` or `attention`, or `attention_after` without `attention`.
@@ -99,8 +102,11 @@ class Guided:
             if ranks.any(found is None):
                 return math.nan, [math.nan]
             assert found is not None
-            self._stream, self._head = found, found.head if landscape.sloped else None
+            fixed = found.head is not None and found.head.map.name not in landscape.branches.named
+            self._stream, self._head = found, found.head if landscape.sloped and fixed else None
         stream, closure = self._stream, landscape.closure
+        if self.two_pass and any(block.norms for block in stream.blocks):
+            raise NoStream("the error is not the same everywhere, for blocks normalise the stream: leave two_pass out")
         landscape.reached = stream.reached(self.feed_forward, self.attention)
         if not landscape.reached & landscape.branches.named.keys():
             raise NoStream(
@@ -139,10 +145,12 @@ class Guided:
         """The estimate from one forward pass, through attention two."""
         ranks, kept = landscape.ranks, Kept(Tokens(everywhere=through_attention))
         if self._head is None:
-            landscape.closure = Differentiated(landscape.closure, stream.norm.module)
-        writers = [] if self.two_pass or through_attention else stream.writers
+            behind = {name: layer.module for name, layer in landscape.branches.named.items() if name in stream.behind}
+            take = partial(_take, landscape, estimate)
+            landscape.closure = Differentiated(landscape.closure, stream.norm.module, behind, take)
+        blocks = [] if self.two_pass or through_attention else stream.blocks
         with (
-            keeping(landscape, kept, writers, {stream.norm.module}, feed_forward=self.feed_forward),
+            keeping(landscape, kept, blocks, {stream.norm.module}, feed_forward=self.feed_forward),
             called(stream.blocks if through_attention else ()) as calls,
         ):
             loss = landscape.clean()
@@ -154,7 +162,7 @@ class Guided:
         error = way.to_end(stream, self._head, landscape.error())
         landscape.error = None  # the logits are no longer needed
         if self.two_pass:
-            with _taken(landscape, estimate, stream.writers, error):
+            with _taken(landscape, estimate, stream, error):
                 landscape.forward()
         else:
             way.through(stream, error)
@@ -167,7 +175,7 @@ class Guided:
 
 
 @contextmanager
-def _taken(landscape: Landscape, estimate: Estimate, writers: Sequence[Writer], error: Tensor) -> Iterator[None]:
+def _taken(landscape: Landscape, estimate: Estimate, stream: Stream, error: Tensor) -> Iterator[None]:
     """While open, a forward pass adds each writer's factor once it is called, for the same `error` at all of them."""
     kept = Kept()
 
@@ -178,11 +186,18 @@ def _taken(landscape: Landscape, estimate: Estimate, writers: Sequence[Writer], 
         return see
 
     with ExitStack() as handles:
-        handles.enter_context(keeping(landscape, kept, writers))
-        for writer in writers:
+        handles.enter_context(keeping(landscape, kept, stream.blocks))
+        for writer in stream.writers:
             (last,) = [writer.norm.module] if writer.norm else writer.map.modules
             handles.callback(last.register_forward_hook(take(writer)).remove)
         yield
+
+
+def _take(landscape: Landscape, estimate: Estimate, name: str, x: Tensor, error: Tensor) -> None:
+    """Add the factor of the map called `name`, by its input and the `error` at its output."""
+    basis = landscape.branches.basis(name)
+    if basis is not None:
+        estimate.add_factor(name, error.t() @ coordinates(x, basis))
 
 
 def _joined(parts: Iterable[Tensor], layer: LinearMap) -> Iterator[Tensor]:
@@ -238,18 +253,21 @@ class _WayBack:
             if self.attention:
                 self.run_again(block)
             error = through = error.to(block.device)
-            for writer in reversed(block.writers):
-                at_output = self.kept.take(writer, error if block.parallel else through, self.estimate)
-                if writer.attention is not None and self.attention:
-                    through = through + self.attended(writer, writer.attention, at_output)
-                if writer.feed_forward is not None and self.feed_forward:
-                    through = through + self.fed_forward(writer.feed_forward, at_output)
+            for step in reversed(block.steps):
+                if isinstance(step, Norm):
+                    through = step.pull(self.kept.inputs[step.module], through)
+                    continue
+                at_output = self.kept.take(step, error if block.parallel else through, self.estimate)
+                if step.attention is not None and self.attention:
+                    through = through + self.attended(step, step.attention, at_output)
+                if step.feed_forward is not None and self.feed_forward:
+                    through = through + self.fed_forward(step.feed_forward, at_output)
             error = through
 
     def run_again(self, block: Block) -> None:
         """Keep of `block` what the way back takes: of all blocks at once it would be much where the loss reads much."""
         self.kept = Kept(self.kept.tokens)
-        with keeping(self.landscape, self.kept, block.writers, feed_forward=self.feed_forward, attention=True):
+        with keeping(self.landscape, self.kept, [block], feed_forward=self.feed_forward, attention=True):
             self.calls.pop(block.module).again(block, self.kept.tokens)
 
     def fed_forward(self, part: FeedForward, error: Tensor) -> Tensor:

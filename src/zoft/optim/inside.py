@@ -49,8 +49,9 @@ def feed_forward_of(
             act = next((act for act in acts + FUNCTIONS if close(act(opening) * factor, down.x)), None)
             if act is None or not all(readable(call, maps) for call in (gate, up, down) if call is not None):
                 continue
-            norm, _ = norm_before(gate.x, calls)
-            if norm is not None or any(close(gate.x, state) for state in states):
+            as_it_is = any(close(gate.x, state) for state in states)
+            norm = None if as_it_is else norm_before(gate.x, calls)[0]
+            if as_it_is or norm is not None:
                 over = None if up is None else maps[up.name]
                 return FeedForward(norm, maps[gate.name], over, act, maps[down.name], halves)
     return None
@@ -81,8 +82,9 @@ def attention_of(
     for call in calls:
         columns = _columns(seen.value, call.y) if call.name in maps else None
         if columns is not None and readable(call, maps):
-            norm, _ = norm_before(call.x, calls)
-            if norm is not None or any(close(call.x, state) for state in states):
+            as_it_is = any(close(call.x, state) for state in states)
+            norm = None if as_it_is else norm_before(call.x, calls)[0]
+            if as_it_is or norm is not None:
                 return Attention(norm, maps[call.name], columns)
     return None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim.attention import Attended, Pattern, attended
+from zoft.optim.block import Block, Writer
 from zoft.optim.capture import Tokens
 from zoft.optim.estimator import Estimate
 from zoft.optim.landscape import Landscape, uncompiled
@@ -18,7 +19,6 @@ from zoft.optim.layers import input_of
 from zoft.optim.placement import autocast_dtype, device_of, unrounded
 from zoft.optim.recording import close, first_tensor
 from zoft.optim.shelf import Shelf
-from zoft.optim.stream import Block, Writer
 
 FEW = 64  # rows: with fewer, a map's weight takes longer to read than to compute with, and its output little room
 
@@ -54,20 +54,21 @@ class Kept:
 def keeping(
     landscape: Landscape,
     kept: Kept,
-    writers: Sequence[Writer],
+    blocks: Sequence[Block],
     modules: Set[nn.Module] = frozenset(),
     *,
     feed_forward: bool = False,
     attention: bool = False,
 ) -> Iterator[None]:
-    """While open, a forward pass leaves in `kept` what the way back through `writers` takes, and inputs of `modules`.
+    """While open, a forward pass leaves in `kept` what the way back through `blocks` takes, and inputs of `modules`.
 
     With `feed_forward` and `attention`, that is what the way through the parts takes which end in these. `attention` is
     meant for one block at a time; without it, what inner maps of feed-forward parts give is kept only of few rows.
     """
+    writers = [writer for block in blocks for writer in block.writers]
     parts = [writer.feed_forward for writer in writers if writer.feed_forward and feed_forward]
     attentions = [writer.attention for writer in writers if writer.attention and attention]
-    norms = {writer.norm.module for writer in writers if writer.norm}
+    norms = {writer.norm.module for writer in writers if writer.norm}.union(*(block.norms for block in blocks))
     readers = {part.reader for part in parts} | {part.reader for part in attentions}
     branches, tokens = landscape.branches, kept.tokens
     values: list[tuple[str, Tensor]] = []  # the latest map of values that was called, and x A of all its tokens

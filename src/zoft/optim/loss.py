@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoft.optim.layers import input_of
 
 LARGE = 1 << 20  # logits that are held in float32 at a time
 FINER = 1 << 10  # times as large are slopes in float16 meanwhile
@@ -56,7 +59,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> L
 class Differentiated:
     """The losses of `closure`, any that autograd knows, with their slope at what `end` gives, the end of the stream.
 
-    What is recorded begins there: the head and the loss, and nothing of the blocks.
+    What is recorded begins there: what follows and the loss, and nothing of the blocks. As the slope is taken, `take` is
+    handed the name of each module `behind` the end, its input [rows, d_in] and the slope at its output, float32
+    [rows, d_out].
 
     Raises:
         ValueError: when called, if autograd cannot follow the loss back to it, or `end` does not run once.
@@ -64,6 +69,8 @@ class Differentiated:
 
     closure: Callable[[], Any]
     end: nn.Module
+    behind: Mapping[str, nn.Module]
+    take: Callable[[str, Tensor, Tensor], None]
 
     def __call__(self) -> Loss:
         given: list[Tensor] = []
@@ -73,12 +80,26 @@ class Differentiated:
             given.append(output.detach().requires_grad_())
             return given[-1]
 
-        handle = self.end.register_forward_hook(record)
-        try:
-            with torch.no_grad():  # until `end` has run, and after the closure again
-                loss = self.closure()
-        finally:
-            handle.remove()
+        def see(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+                x = input_of(args, kwargs).detach().flatten(0, -2)
+                if output.requires_grad:
+                    output.register_hook(lambda slope: self.take(name, x, plain(slope).flatten(0, -2)))
+
+            return hook
+
+        def plain(slope: Tensor) -> Tensor:
+            return slope.float() / scale()
+
+        def scale() -> int:
+            return FINER if given[0].dtype == torch.float16 else 1
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())  # until `end` has run, and after the closure again
+            stack.callback(self.end.register_forward_hook(record).remove)
+            for name, module in self.behind.items():
+                stack.callback(module.register_forward_hook(see(name), with_kwargs=True).remove)
+            loss = self.closure()
         loss = loss if isinstance(loss, Loss) else Loss(torch.as_tensor(loss))
         values = loss.values
         if len(given) != 1:
@@ -89,9 +110,8 @@ class Differentiated:
                 "comes from them, or a zoft.Loss that knows it"
             )
 
-        def slope() -> Tensor:
-            scale = FINER if given[0].dtype == torch.float16 else 1
-            weights = torch.full_like(values, scale / values.numel())
-            return torch.autograd.grad(values, given[0], weights)[0].float() / scale
+        def error() -> Tensor:
+            weights = torch.full_like(values, scale() / values.numel())
+            return plain(torch.autograd.grad(values, given[0], weights)[0])
 
-        return loss._replace(error=slope)
+        return loss._replace(error=error)

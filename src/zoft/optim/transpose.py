@@ -37,9 +37,12 @@ class Norm:
         signs -= signs.mean()
         vectors = torch.stack((torch.zeros_like(signs), signs / signs.square().mean().sqrt(), torch.ones_like(signs)))
         try:
-            offset, alternating, constant = module(vectors.to(like.dtype)).float()
+            found = module(vectors.to(like.dtype))
         except TypeError:  # it takes more than rows
             return None
+        if found.shape != vectors.shape:
+            return None
+        offset, alternating, constant = found.float()
         norm = cls(module, (alternating - offset) / vectors[1], bool((constant - offset).abs().max() < 1e-3))
         standard, _ = norm._standard(like)
         expected, found = standard * norm.gain + offset, module(like).float()
