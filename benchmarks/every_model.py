@@ -27,6 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from zoft.optim import AGZO, Guided, Loss, NoStream, ZeroOrder, ZOAct, cross_entropy
+from zoft.optim.methods.zoact import HEADS
 from zoft.train.adapter import not_loaded, save_adapter
 from zoft.train.files import write_json
 
@@ -139,7 +140,7 @@ def measure(kind: str) -> dict[str, Any]:
         return {"kind": kind, "left_out": f"{type(error).__name__}: {error}".splitlines()[0]}
     row: dict[str, Any] = {"kind": kind, "agzo": step(AGZO(model, lr=1e-4), loss)}
     for name, method in (("zo-act", ZOAct), ("guided", Guided)):
-        optimizer = method(model := build(kind), lr=LR, exclude=not_loaded(model))
+        optimizer = method(model := build(kind), lr=LR, exclude=(*HEADS, *not_loaded(model)))
         try:
             row[name] = step(optimizer, loss) | {"loads": loads(optimizer, loss, build(kind))}
         except NoStream as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaModel, OPTConfig, OPTForCausalLM
+from transformers import LlamaModel, MiniMaxConfig, MiniMaxForCausalLM
 
 import zoft.train.auto as zoft_auto
 from train.tiny import TOKENIZER, make_model
@@ -20,21 +20,22 @@ FEW = ("--steps", 4, "--eval-steps", 2, "--batch-size", 8, "--dtype", "float32",
 
 
 @pytest.fixture(scope="session")
-def post_norm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model whose blocks end in a norm, which breaks the residual stream."""
-    folder = tmp_path_factory.mktemp("models") / "post-norm"
-    config = OPTConfig(
+def no_stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model whose blocks multiply the residual stream by a number, which breaks it."""
+    folder = tmp_path_factory.mktemp("models") / "no-stream"
+    config = MiniMaxConfig(
         vocab_size=len(TOKENIZER),
         hidden_size=16,
-        word_embed_proj_dim=16,
-        ffn_dim=32,
+        intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=2,
         max_position_embeddings=256,
-        do_layer_norm_before=False,
         pad_token_id=TOKENIZER.pad_token_id,
     )
-    OPTForCausalLM(config).save_pretrained(folder)
+    MiniMaxForCausalLM(config).save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     return folder
 
@@ -81,7 +82,7 @@ def test_without_a_stream_probes_with_measured_steps(
     measured: float | None,
     expected: float,
     zoft: Callable[..., Outcome],
-    post_norm: Path,
+    no_stream: Path,
     data: Path,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -89,7 +90,7 @@ def test_without_a_stream_probes_with_measured_steps(
     """An lr that cannot be measured is the method's own."""
     diagnose = zoft_auto.diagnose
     monkeypatch.setattr(zoft_auto, "diagnose", lambda *a: replace(diagnose(*a, directions=2), lr=measured))
-    outcome = zoft("train", post_norm, "--task", "sst2", "--data", data, *FEW, "--out", tmp_path / "run")
+    outcome = zoft("train", no_stream, "--task", "sst2", "--data", data, *FEW, "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     config = settled(tmp_path / "run")
     found = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
@@ -100,10 +101,10 @@ def test_without_a_stream_probes_with_measured_steps(
 
 
 def test_what_is_given_is_not_measured(
-    zoft: Callable[..., Outcome], post_norm: Path, data: Path, tmp_path: Path
+    zoft: Callable[..., Outcome], no_stream: Path, data: Path, tmp_path: Path
 ) -> None:
     given = ("--lr", "2e-3", "--eps", "1e-2")
-    assert zoft("train", post_norm, "--task", "sst2", "--data", data, *FEW, *given, "--out", tmp_path / "run").code == 0
+    assert zoft("train", no_stream, "--task", "sst2", "--data", data, *FEW, *given, "--out", tmp_path / "run").code == 0
     config = settled(tmp_path / "run")
     assert (config.lr, config.eps) == (2e-3, 1e-2)
     assert not (tmp_path / "run" / "diagnosis.json").exists()
@@ -175,10 +176,10 @@ def test_only_train_settles_probe_batching(zoft: Callable[..., Outcome], model: 
 
 
 def test_another_objective_is_not_measured_by_probes(
-    zoft: Callable[..., Outcome], post_norm: Path, data: Path, tmp_path: Path
+    zoft: Callable[..., Outcome], no_stream: Path, data: Path, tmp_path: Path
 ) -> None:
     """Without a stream probes are left, and their lr and eps cannot be measured by what moves in steps."""
     flags = ("--task", "sst2", "--data", data, "--objective", "accuracy", *FEW, "--out", tmp_path / "run")
-    outcome = zoft("train", post_norm, *flags)
+    outcome = zoft("train", no_stream, *flags)
     assert outcome.code == 2 and "guided finds no residual stream here: choose a method with probes" in outcome.err
-    assert zoft("train", post_norm, *flags, "--method", "zo-act", "--lr", "1e-3", "--eps", "0.1").code == 0
+    assert zoft("train", no_stream, *flags, "--method", "zo-act", "--lr", "1e-3", "--eps", "0.1").code == 0

@@ -45,7 +45,9 @@ def test_it_is_the_gradient_with_the_pattern_of_attention_fixed(
     stream = stream_of(model)
     within = [m.name for w in stream.writers if w.feed_forward for m in w.feed_forward.inner]
     values = [w.attention.values.name for w in stream.writers if w.attention] if attention else []
-    assert found.keys() == {*names(stream), *within, *values} and len(values) == 2 * (attention and name != "openai-gpt")
+    head = {m.name for m in optimizer.maps} & stream.behind
+    assert found.keys() == {*names(stream), *within, *values, *head}
+    assert len(values) == 2 * (attention and name != "openai-gpt")
     assert {name: e for name in found if (e := error(found[name], expected[name])) > tolerance} == {}
 
 
@@ -224,7 +226,7 @@ def test_feed_forward_parts_are_gone_through_some_rows_at_a_time(name: str, monk
     monkeypatch.setattr("zoft.optim.kept.FEW", 0)
     model, found = BUILDERS[name](), []
     for rows in (512, 3):
-        monkeypatch.setattr("zoft.optim.guided.ROWS", rows)
+        monkeypatch.setattr("zoft.optim.way_back.ROWS", rows)
         found.append(estimated(Guided(model, rank=64), closure_of(model, token_batch())))
     assert {name: e for name in found[0] if (e := error(found[1][name], found[0][name])) > 1e-4} == {}
 
@@ -232,7 +234,7 @@ def test_feed_forward_parts_are_gone_through_some_rows_at_a_time(name: str, monk
 @pytest.mark.parametrize("joined", [1, 1 << 10, 1 << 23])
 def test_the_slope_may_come_whole_or_in_parts(joined: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other tokens than the logits' it is refused."""
-    monkeypatch.setattr("zoft.optim.guided.JOINED", joined)
+    monkeypatch.setattr("zoft.optim.way_back.JOINED", joined)
     monkeypatch.setattr("zoft.optim.loss.LARGE", 1)
     found = []
     for of in (lambda parts: parts, lambda parts: torch.cat(list(parts), 1)):

@@ -150,7 +150,7 @@ def test_guided_loads_what_it_goes_back_through_again(
     """And what stands before an activation once more, where the loss reads more than `few` rows; not for some of them
     at a time."""
     monkeypatch.setattr("zoft.optim.kept.FEW", few)
-    monkeypatch.setattr("zoft.optim.guided.ROWS", 3)
+    monkeypatch.setattr("zoft.optim.way_back.ROWS", 3)
     optimizer = Guided(on_disk(llama(), tmp_path))
     train(optimizer, range(1))  # a look at the model is part of it
     loads = counted(optimizer.model)

@@ -89,7 +89,7 @@ def _steps(
             starts = [call.y for call in others if norm_before(call.y, [call])[0] is not None] + starts
         start, parts = next(((s, p) for s in starts if (p := _parts(s, joined, before, maps))), (block.x, []))
         if norm is None:
-            return _writers(start, parts, inside, maps, heads)
+            return [*_writers(start, parts, inside, maps, heads)]
         if not parts:
             return None
         steps = [*_writers(start, parts, inside, maps, heads), norm, *steps]
@@ -121,16 +121,15 @@ def _writers(
     return writers
 
 
-def _parts(
-    start: Tensor, end: Tensor, inside: list[Call], maps: dict[str, LinearMap]
-) -> list[tuple[Call, float]]:
+def _parts(start: Tensor, end: Tensor, inside: list[Call], maps: dict[str, LinearMap]) -> list[tuple[Call, float]]:
     """Calls and gains such that the outputs times the gains are what joins the stream between `start` and `end`.
 
     None of them, if there are no such.
     """
     distinct: list[Call] = []
     for call in sorted(inside, key=lambda call: call.name not in maps):  # of equal outputs, a linear map's is taken
-        if call.y.shape == end.shape and not any(same(call.y, other.y) for other in distinct):
+        known = [start, end, *(other.y for other in distinct)]
+        if call.y.shape == end.shape and not any(same(call.y, output) for output in known):
             distinct.append(call)
     # An outer module may add up inner ones: which of them a regression on all takes is left to rounding.
     inmost = [call for call in distinct if not any(other.name.startswith(f"{call.name}.") for other in distinct)]

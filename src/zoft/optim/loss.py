@@ -57,25 +57,31 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> L
 
 @dataclass(frozen=True)
 class Differentiated:
-    """The losses of `closure`, any that autograd knows, with their slope at what `end` gives, the end of the stream.
+    """The losses of `closure`, any that autograd knows, with their slope at the end of the stream.
 
-    What is recorded begins there: what follows and the loss, and nothing of the blocks. As the slope is taken, `take` is
-    handed the name of each module `behind` the end, its input [rows, d_in] and the slope at its output, float32
-    [rows, d_out].
+    That is what `end` gives the last of so many `times`. What is recorded begins there: what follows and the loss, and
+    nothing of the blocks. As the slope is taken, `take` is handed the name of each module `behind` the end, its input
+    [rows, d_in] and the slope at its output, float32 [rows, d_out].
 
     Raises:
-        ValueError: when called, if autograd cannot follow the loss back to it, or `end` does not run once.
+        ValueError: when called, if autograd cannot follow the loss back to it, or `end` runs more often, or less.
     """
 
     closure: Callable[[], Any]
     end: nn.Module
+    times: int
     behind: Mapping[str, nn.Module]
     take: Callable[[str, Tensor, Tensor], None]
 
     def __call__(self) -> Loss:
         given: list[Tensor] = []
+        count = 0
 
-        def record(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def record(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            nonlocal count
+            count += 1
+            if count % self.times:
+                return None
             torch.set_grad_enabled(True)
             given.append(output.detach().requires_grad_())
             return given[-1]
@@ -102,8 +108,8 @@ class Differentiated:
             loss = self.closure()
         loss = loss if isinstance(loss, Loss) else Loss(torch.as_tensor(loss))
         values = loss.values
-        if len(given) != 1:
-            raise ValueError(f"guided takes the slope of the loss of one forward pass, not of {len(given)}")
+        if count != self.times:
+            raise ValueError(f"guided takes the slope of the loss of one forward pass, not of {count / self.times:g}")
         if not values.requires_grad:
             raise ValueError(
                 "guided needs the slope of the loss, and autograd cannot follow it to the logits: return a tensor that "

@@ -36,13 +36,15 @@ class Stream:
     """The stream runs through `blocks` and ends in `norm`, whose output alone what follows reads.
 
     That is a `head` with a readable weight, or something else; `behind` has the names of the modules that run there.
-    The norm may be the last thing in the last block. `token_bytes` is the stream's size at a token.
+    The norm may be the last thing in the last block, and may have run before: it runs so many `times`, and ends the
+    stream the last time. `token_bytes` is the stream's size at a token.
     """
 
     head: Head | None
     norm: Norm
     blocks: list[Block]
     token_bytes: int
+    times: int
     behind: Set[str]
 
     @property
@@ -78,7 +80,8 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
     head, norm, stream = _head(seen, inner, maps) or (None, *_last_norm(model, seen, inner))
 
     blocks: list[Block] = []
-    while call := next((c for c in inner if _is_entry(c.name) and same(c.y, stream) and not same(c.x, c.y)), None):
+    entries = [call for call in inner if _is_entry(call.name, call.module)]
+    while call := next((c for c in entries if same(c.y, stream) and not same(c.x, c.y)), None):
         block = block_of(call, inner, maps, seen.heads, norm.module)
         if block is None:
             break
@@ -86,9 +89,11 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
         stream = call.x
     if not any(block.writers for block in blocks):
         raise NoStream(f"no block of {type(model).__name__} adds the output of a linear map to its input")
-    end = next(call.name for call in reversed(inner) if call.module is norm.module)
-    behind = seen.names[seen.names.index(end) + 1 :]
-    return Stream(head, norm, blocks, stream.shape[1] * stream.element_size(), frozenset(behind))
+    end = next(call.name for call in inner if call.module is norm.module)
+    first = next(call.name for call in inner if call.module is blocks[0].module)
+    times = seen.names[: seen.names.index(first)].count(end) + 1
+    behind = seen.names[::-1][: seen.names[::-1].index(end)]
+    return Stream(head, norm, blocks, stream.shape[1] * stream.element_size(), times, frozenset(behind))
 
 
 def _head(seen: Recording, inner: list[Call], maps: dict[str, LinearMap]) -> tuple[Head, Norm, Tensor] | None:
@@ -101,7 +106,7 @@ def _head(seen: Recording, inner: list[Call], maps: dict[str, LinearMap]) -> tup
     if last is None or scale is None or not readable(last, maps):
         return None
     norm, stream = norm_before(last.x, inner)
-    blocks = [call for call in inner if _is_entry(call.name) and not is_leaf(call.module)]
+    blocks = [call for call in inner if _is_entry(call.name, call.module)]
     end = next((state for state in (stream, last.x) if any(same(block.y, state) for block in blocks)), None)
     if norm is None or end is None or len(_lists(call.name for call in blocks)) > 1:
         return None
@@ -114,7 +119,7 @@ def _last_norm(model: nn.Module, seen: Recording, inner: list[Call]) -> tuple[No
     Raises:
         NoStream: there is none, or more of the blocks runs after it, or of other lists of blocks.
     """
-    entries = {name for name, module in model.named_modules() if _is_entry(name) and not is_leaf(module)}
+    entries = {name for name, module in model.named_modules() if _is_entry(name, module)}
     outermost = _outermost(name for name in seen.names if name in entries)
     if len(lists := _lists(outermost)) > 1:
         raise NoStream(
@@ -152,5 +157,6 @@ def _ratio(y: Tensor, x: Tensor) -> float | None:
     return ratio if close(y, ratio * source) else None
 
 
-def _is_entry(name: str) -> bool:
-    return name.rpartition(".")[2].isdigit()
+def _is_entry(name: str, module: nn.Module) -> bool:
+    """Whether it may be a block: it is an entry of a list, and made of others."""
+    return name.rpartition(".")[2].isdigit() and not is_leaf(module)

@@ -1,0 +1,139 @@
+"""The way of an error back along the residual stream, from the logits to the first block: every layer's left factor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zoft.optim.block import Block, Writer
+from zoft.optim.estimator import Estimate
+from zoft.optim.inside import Attention
+from zoft.optim.kept import BlockCall, Kept, coordinates, keeping
+from zoft.optim.landscape import Landscape
+from zoft.optim.layers import LinearMap
+from zoft.optim.stream import Head, Stream
+from zoft.optim.transpose import FeedForward, Norm, transposed_product
+
+JOINED = 1 << 23  # numbers of an error at the logits that are multiplied by the head's weight at a time
+ROWS = 128  # that go back through a feed-forward part at a time: what lies between its maps stays in a cache
+
+
+@dataclass
+class WayBack:
+    """From the logits to the first block, over the rows kept; with `attention`, each block runs again first."""
+
+    landscape: Landscape
+    estimate: Estimate
+    kept: Kept
+    calls: dict[nn.Module, BlockCall]
+    feed_forward: bool
+    attention: bool
+
+    def to_end(self, stream: Stream, head: Head | None, given: Tensor | Iterable[Tensor]) -> Tensor:
+        """The error at the end of the stream, float32 [rows, d], for that `given` at the output of `head`.
+
+        Or of the last norm, without a head. What is given may come in parts of positions.
+        """
+        parts = [given] if isinstance(given, Tensor) else given
+        if head is not None:
+            products = (self.transposed(head.map, part.to(head.map.device)) for part in _joined(parts, head.map))
+            parts = [product * head.scale for product in products]
+        at_norm = torch.cat(list(parts), dim=-2)
+        rows = self.kept.tokens.read(self.kept.tokens.spread(at_norm))
+        if rows is None:
+            raise ValueError(
+                f"the error at the logits is that of {tuple(at_norm.shape[:-1])} tokens, which is not the logits'"
+            )
+        device = stream.norm.gain.device
+        return stream.norm.pull(self.kept.inputs[stream.norm.module].to(device), rows.to(device))
+
+    def through(self, stream: Stream, error: Tensor) -> None:
+        """Add every factor, from the `error` at the end of the stream back to its beginning."""
+        for block in reversed(stream.blocks):
+            if self.attention:
+                self.run_again(block)
+            error = through = error.to(block.device)
+            for step in reversed(block.steps):
+                if isinstance(step, Norm):
+                    through = step.pull(self.kept.inputs[step.module], through)
+                    continue
+                at_output = self.kept.take(step, error if block.parallel else through, self.estimate)
+                if step.attention is not None and self.attention:
+                    through = through + self.attended(step, step.attention, at_output)
+                if step.feed_forward is not None and self.feed_forward:
+                    through = through + self.fed_forward(step.feed_forward, at_output)
+            error = through
+
+    def run_again(self, block: Block) -> None:
+        """Keep of `block` what the way back takes: of all blocks at once it would be much where the loss reads much."""
+        self.kept = Kept(self.kept.tokens)
+        with keeping(self.landscape, self.kept, [block], feed_forward=self.feed_forward, attention=True):
+            self.calls.pop(block.module).again(block, self.kept.tokens)
+
+    def fed_forward(self, part: FeedForward, error: Tensor) -> Tensor:
+        """The error at what `part` reads of the stream, for that at its output; adds the factors of its inner maps."""
+        weights = [layer.weight for layer in (*part.inner, part.down)]
+        at_hand = all(weight is not None and not weight.is_meta for weight in weights)  # else each part loads them
+        together = ROWS if at_hand else len(error)
+        parts = [slice(start, start + together) for start in range(0, len(error), together)]
+        return torch.cat([self._fed_forward(part, error[rows], rows) for rows in parts])
+
+    def _fed_forward(self, part: FeedForward, error: Tensor, rows: slice) -> Tensor:
+        """The same for some `rows`."""
+        h = self.kept.inputs[part.reader][rows]
+        bases = {layer.name: self.landscape.branches.basis(layer.name) for layer in part.inner}
+        if part.gate.name in self.kept.outputs:
+            outputs = {name: self.kept.outputs[name][rows] for name in bases}
+            inputs = {name: self.kept.coordinates[name][rows] for name, basis in bases.items() if basis is not None}
+        else:
+            x = h if part.norm is None else part.norm.module(h)
+            outputs = {layer.name: layer.modules[0](x) for layer in part.inner}
+            inputs = {name: coordinates(x, basis) for name, basis in bases.items() if basis is not None}
+        at_x, errors = part.pull(outputs, error, self.transposed)
+        for name, xs in inputs.items():
+            self.estimate.add_factor(name, errors[name].t() @ xs)
+        return _behind(part.norm, h, at_x)
+
+    def attended(self, writer: Writer, attention: Attention, error: Tensor) -> Tensor:
+        """The error at what `attention` reads of the stream, for that at the output of its `writer`; adds a factor."""
+        name, columns = attention.values.name, attention.columns
+        if name not in self.kept.patterns:
+            return torch.zeros_like(error)
+        pattern, projected = self.kept.patterns.pop(name)
+        at_heads = self.transposed(writer.map, error).unflatten(1, (pattern.query.shape[1], -1))
+        at_averages, averages = pattern.pull(at_heads, projected)
+        if projected.shape[2]:
+            factor = averages.new_zeros(attention.values.d_out, projected.shape[2])
+            of_heads = torch.einsum("nhd,nhr->hdr", at_heads, averages).flatten(0, 1)
+            self.estimate.add_factor(name, factor.index_add_(0, columns, of_heads))
+        at_values = error.new_zeros(len(error), attention.values.d_out)
+        at_values.index_add_(1, columns, at_averages.flatten(1))
+        at_x = self.transposed(attention.values, at_values)
+        return _behind(attention.norm, self.kept.inputs[attention.reader], at_x)
+
+    def transposed(self, layer: LinearMap, error: Tensor) -> Tensor:
+        """``error W`` with the weight as it is in this pass, coefficients included."""
+        product = transposed_product(layer, error)
+        coefficients, basis = self.landscape.branches.factors.get(layer.name), self.landscape.branches.basis(layer.name)
+        return product if coefficients is None or basis is None else product + error @ coefficients @ basis.t()
+
+
+def _joined(parts: Iterable[Tensor], layer: LinearMap) -> Iterator[Tensor]:
+    """Some `parts` side by side, in the precision that they are multiplied in: reading a weight takes long too."""
+    halved = layer.weight is not None and layer.weight.dtype == torch.bfloat16
+    some: list[Tensor] = []
+    for part in parts:
+        some.append(part.to(torch.bfloat16 if halved else torch.float32))
+        if sum(part.numel() for part in some) > JOINED:
+            yield torch.cat(some, -2)
+            some.clear()
+    if some:
+        yield torch.cat(some, -2)
+
+
+def _behind(norm: Norm | None, h: Tensor, at_x: Tensor) -> Tensor:
+    """The error at `h`, for that at what `norm` makes of it, or at `h` itself without one."""
+    return at_x if norm is None else norm.pull(h, at_x)
