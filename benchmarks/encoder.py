@@ -2,9 +2,9 @@
 
     python benchmarks/encoder.py WAY --task sst2 --data DATA --lr LR --seed SEED [--model MODEL]
 
-`MODEL` is a folder or a name of the hub; the figures are of sentence-transformers/all-MiniLM-L6-v2, BERT's kind with six
-layers, in float32, and a head with random weights. 200 steps of batch 16, the rate falling linearly to 0; accuracy on
-400 rows held out of the training split and on the validation rows, before and after every 50 steps. Writes
+`MODEL` is a folder or a name of the hub; the figures are of sentence-transformers/all-MiniLM-L6-v2, of BERT's kind with
+six layers, in float32, and a head with random weights. 200 steps of batch 16, the rate falling linearly to 0; accuracy
+on 400 rows held out of the training split and on the validation rows, before and after every 50 steps. Writes
 results/encoder/TASK-WAY-lrLR-sSEED.json.
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel
 
 import zoft
 from optim.models import changed, snapshot
@@ -55,6 +55,21 @@ def test_trainer(tiny: str, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     tokens = torch.arange(10).view(1, -1)
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(adapted(tokens).logits, trainer.model.eval()(tokens).logits, atol=1e-5)
+
+
+def test_classifier(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    encoder = BertModel(config)
+    encoder.save_pretrained(tmp_path / "encoder")
+    TOKENIZER.save_pretrained(tmp_path / "encoder")
+    trainer = load("examples/classifier.py").main(str(tmp_path / "encoder"), str(tmp_path / "run"))
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0]
+    fresh = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=2)
+    adapted, tokens = PeftModel.from_pretrained(fresh, tmp_path / "run").eval(), torch.arange(10).view(1, -1)
     with torch.no_grad():
         assert torch.allclose(adapted(tokens).logits, trainer.model.eval()(tokens).logits, atol=1e-5)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType, TaskType
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
@@ -18,6 +18,7 @@ from zoft.errors import UserError
 from zoft.optim import ZeroOrder
 from zoft.optim.layers import find_linear_maps, selected
 from zoft.optim.probe import SideBranches
+from zoft.train.heads import heads_of, learned, task_of
 from zoft.train.stacks import Factors, stacked, unstacked
 
 # Layers that PEFT loads no adapter of, by the model's type: it refuses Mamba's, and does not find the others by name.
@@ -48,13 +49,20 @@ def write_lora(folder: Path, factors: Factors, base: Any) -> None:
 
     A layer with another rank than most (too few tokens, or too narrow an input) has its own in ``rank_pattern``.
     Layers that PEFT would take for experts are named by their parameters, which it does not; experts that share a
-    parameter are one entry, of their largest rank.
+    parameter are one entry, of their largest rank. Heads that a pretrained model comes without are written whole.
+
+    Raises:
+        UserError: only such heads were trained.
     """
+    heads = learned(base, factors)
+    factors = {name: pair for name, pair in factors.items() if f"{name}.weight" not in heads}
     stacks = stacked(base, factors)
     layers = {name: pair for name, pair in factors.items() if name.rpartition(".")[0] not in stacks}
     taken = _taken_for_experts(base, layers)
     ranks = {f"{name}.weight" if name in taken else name: basis.shape[1] for name, (basis, _) in layers.items()}
     ranks |= {name: stack.rank for name, stack in stacks.items()}
+    if not ranks:
+        raise UserError("only the head has learned, and PEFT loads no adapter without other layers: include some")
     rank = Counter(ranks.values()).most_common(1)[0][0]
     different = {name: r for name, r in ranks.items() if r != rank}
     config = LoraConfig(
@@ -65,11 +73,12 @@ def write_lora(folder: Path, factors: Factors, base: Any) -> None:
         target_modules=sorted(layers.keys() - taken),
         target_parameters=sorted(ranks.keys() - layers.keys()) or None,
         fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in layers),
-        task_type=TaskType.CAUSAL_LM,
+        task_type=task_of(base),
+        modules_to_save=[*heads_of(base)] or None,
         base_model_name_or_path=getattr(base, "name_or_path", None),
         inference_mode=True,
     )
-    tensors = {}
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in heads.items()}
     rows = {name: (basis.t(), factor) for name, (basis, factor) in layers.items()}
     for name, (down, up) in (rows | {stack.wrapper: (stack.down, stack.up) for stack in stacks.values()}).items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = down.cpu().clone(memory_format=torch.contiguous_format)

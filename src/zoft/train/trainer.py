@@ -16,6 +16,7 @@ from transformers import Trainer
 from zoft.optim import ZeroOrder
 from zoft.optim.landscape import Closure
 from zoft.train.adapter import save_adapter
+from zoft.train.heads import load_heads, save_heads
 
 OPTIMIZER_STATE = "optimizer.pt"  # transformers' file name in a checkpoint
 ADAPTED = "_hf_peft_config_loaded"  # transformers' mark of a model that an adapter has been added to
@@ -127,12 +128,15 @@ class ZOTrainer(Trainer):
         assert self.zero_order is not None
         folder = Path(str(output_dir or self.args.output_dir))
         save_adapter(self.zero_order, folder)
+        save_heads(self.zero_order.model, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._saves_adapter:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        assert self.zero_order is not None
+        load_heads(self.zero_order.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if not self._saves_adapter:
