@@ -82,17 +82,18 @@ def _steps(
     state, before = block.y, inside
     while not same(state, block.x):
         norm, joined = norm_before(state, before)
-        starts = [block.x]
         if norm is not None:
             before = before[: next(i for i, call in enumerate(before) if call.module is norm.module)]
-            others = [call for call in reversed(before) if call.y.shape == state.shape and call.name not in maps]
-            starts = [call.y for call in others if norm_before(call.y, [call])[0] is not None] + starts
-        start, parts = next(((s, p) for s in starts if (p := _parts(s, joined, before, maps))), (block.x, []))
-        if norm is None:
-            return [*_writers(start, parts, inside, maps, heads)]
-        if not parts:
-            return None
-        steps = [*_writers(start, parts, inside, maps, heads), norm, *steps]
+        if same(joined, block.x):
+            start, parts = joined, []
+        else:
+            others = [call for call in before if call.y.shape == state.shape and call.name not in maps]
+            starts = [block.x, *(call.y for call in others if norm_before(call.y, [call])[0] is not None)]
+            found = [(start, parts) for start in starts if (parts := _parts(start, joined, before, maps))]
+            if not found:
+                return None if norm is not None or steps else []
+            start, parts = min(found, key=lambda pair: len(pair[1]))  # a sum of more is easily had, but for rounding
+        steps = [*_writers(start, parts, inside, maps, heads), *([norm] if norm is not None else []), *steps]
         state = start
     return steps
 
