@@ -32,6 +32,9 @@ def no_stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=1,
         head_dim=8,
         num_local_experts=2,
+        full_attn_alpha_factor=2.0,
+        linear_attn_alpha_factor=2.0,
+        mlp_alpha_factor=2.0,
         max_position_embeddings=256,
         pad_token_id=TOKENIZER.pad_token_id,
     )
