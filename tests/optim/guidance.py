@@ -17,6 +17,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     Lfm2Config,
+    MiniMaxConfig,
     MixtralConfig,
     Olmo2Config,
     OpenAIGPTConfig,
@@ -58,10 +59,16 @@ BUILDERS |= (
         "bart": lambda: build(BartConfig(**BART)),
         "openai-gpt": lambda: build(OpenAIGPTConfig(**SIZES, n_positions=64)),
         "opt normalised": lambda: build(OPTConfig(**OPT, do_layer_norm_before=False)),
+        "minimax": lambda: build(MiniMaxConfig(**GROUPED, num_local_experts=2, layer_types=["full_attention"] * 2)),
     }
 )
 # Parts that the error does not go through.
-NEGLECTED = {"mixtral": ("mlp",), "glm4 moe": ("experts", "gate"), "openai-gpt": ("attn",)}
+NEGLECTED = {
+    "mixtral": ("mlp",),
+    "minimax": ("mlp",),
+    "glm4 moe": ("experts", "gate"),
+    "openai-gpt": ("attn",),
+}
 
 
 def closure_of(model: nn.Module, batch: dict[str, Tensor], **options: int) -> Callable[[], Loss]:

@@ -17,6 +17,9 @@ from zoft.optim.placement import device_of
 from zoft.optim.recording import Call, Heads, exact, is_leaf, same
 from zoft.optim.transpose import FeedForward, Norm
 
+Part = tuple[Call, float]  # whose output, times the number, joins the stream
+ENOUGH = 2  # parts, such as attention and a feed-forward part, that need no simpler explanation
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -84,26 +87,37 @@ def _steps(
         norm, joined = norm_before(state, before)
         if norm is not None:
             before = before[: next(i for i, call in enumerate(before) if call.module is norm.module)]
-        if same(joined, block.x):
-            start, parts = joined, []
-        else:
-            others = [call for call in before if call.y.shape == state.shape and call.name not in maps]
-            starts = [block.x, *(call.y for call in others if norm_before(call.y, [call])[0] is not None)]
-            found = [(start, parts) for start in starts if (parts := _parts(start, joined, before, maps))]
-            if not found:
-                return None if norm is not None or steps else []
-            start, parts = min(found, key=lambda pair: len(pair[1]))  # a sum of more is easily had, but for rounding
+        section = _section(block.x, joined, before, maps)
+        if section is None:
+            return None if norm is not None or steps else []
+        start, parts = section
         steps = [*_writers(start, parts, inside, maps, heads), *([norm] if norm is not None else []), *steps]
         state = start
     return steps
 
 
+def _section(
+    first: Tensor, joined: Tensor, calls: list[Call], maps: dict[str, LinearMap]
+) -> tuple[Tensor, list[Part]] | None:
+    """Where the section that ends as `joined` starts, and what joins the stream in it; None if that is not known.
+
+    It starts with what the block is called with, `first`, or what a norm gives: where it takes the fewest parts, as a
+    sum of more is easily had, but for rounding.
+    """
+    if same(first, joined):
+        return first, []
+    others = [call for call in calls if call.y.shape == joined.shape and call.name not in maps]
+    found: list[tuple[Tensor, list[Part]]] = []
+    for start in [first, *(call.y for call in others if norm_before(call.y, [call])[0] is not None)]:
+        if parts := _parts(start, joined, calls, maps):
+            found.append((start, parts))
+            if len(parts) <= ENOUGH:
+                break
+    return min(found, key=lambda section: len(section[1]), default=None)
+
+
 def _writers(
-    start: Tensor,
-    parts: list[tuple[Call, float]],
-    inside: list[Call],
-    maps: dict[str, LinearMap],
-    heads: list[Heads],
+    start: Tensor, parts: list[Part], inside: list[Call], maps: dict[str, LinearMap], heads: list[Heads]
 ) -> list[Writer]:
     """The linear maps whose outputs, times something, are the `parts` that join the stream after `start`."""
     states = [exact(start)]  # of the stream, as the writers join it
@@ -122,11 +136,8 @@ def _writers(
     return writers
 
 
-def _parts(start: Tensor, end: Tensor, inside: list[Call], maps: dict[str, LinearMap]) -> list[tuple[Call, float]]:
-    """Calls and gains such that the outputs times the gains are what joins the stream between `start` and `end`.
-
-    None of them, if there are no such.
-    """
+def _parts(start: Tensor, end: Tensor, inside: list[Call], maps: dict[str, LinearMap]) -> list[Part]:
+    """What joins the stream between `start` and `end`; nothing, if that is not the outputs of some calls."""
     distinct: list[Call] = []
     for call in sorted(inside, key=lambda call: call.name not in maps):  # of equal outputs, a linear map's is taken
         known = [start, end, *(other.y for other in distinct)]
@@ -138,7 +149,7 @@ def _parts(start: Tensor, end: Tensor, inside: list[Call], maps: dict[str, Linea
     return sorted(parts, key=lambda part: inside.index(part[0]))
 
 
-def _summands(start: Tensor, end: Tensor, calls: list[Call]) -> list[tuple[Call, float]]:
+def _summands(start: Tensor, end: Tensor, calls: list[Call]) -> list[Part]:
     """As few of `calls` as add up to the difference between `start` and `end`, with their gains."""
     if not calls:
         return []

@@ -88,11 +88,14 @@ class Differentiated:
 
         def see(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-                x = input_of(args, kwargs).detach().flatten(0, -2)
+                x = rows(input_of(args, kwargs).detach())
                 if output.requires_grad:
-                    output.register_hook(lambda slope: self.take(name, x, plain(slope).flatten(0, -2)))
+                    output.register_hook(lambda slope: self.take(name, x, rows(plain(slope))))
 
             return hook
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.reshape(-1, tensor.shape[-1])
 
         def plain(slope: Tensor) -> Tensor:
             return slope.float() / scale()
