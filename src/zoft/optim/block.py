@@ -18,7 +18,6 @@ from zoft.optim.recording import Call, Heads, exact, is_leaf, same
 from zoft.optim.transpose import FeedForward, Norm
 
 Part = tuple[Call, float]  # whose output, times the number, joins the stream
-ENOUGH = 2  # parts, such as attention and a feed-forward part, that need no simpler explanation
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,12 @@ def _steps(
     """The way of the stream through `block`, from its end to its beginning, a section from one norm to the next."""
     steps: list[Writer | Norm] = []
     state, before = block.y, inside
+    states = [block.x, *_normalised(block, inside, maps)]
     while not same(state, block.x):
         norm, joined = norm_before(state, before)
         if norm is not None:
             before = before[: next(i for i, call in enumerate(before) if call.module is norm.module)]
-        section = _section(block.x, joined, before, maps)
+        section = _section(states, joined, before, maps)
         if section is None:
             return None if norm is not None or steps else []
         start, parts = section
@@ -96,24 +96,21 @@ def _steps(
     return steps
 
 
-def _section(
-    first: Tensor, joined: Tensor, calls: list[Call], maps: dict[str, LinearMap]
-) -> tuple[Tensor, list[Part]] | None:
-    """Where the section that ends as `joined` starts, and what joins the stream in it; None if that is not known.
+def _normalised(block: Call, inside: list[Call], maps: dict[str, LinearMap]) -> list[Tensor]:
+    """What the norms give that read the stream, not what something else within the block gives."""
+    alike = [call for call in inside if call.y.shape == block.y.shape and call.name not in maps]
+    norms = [call for call in alike if norm_before(call.y, [call])[0] is not None]
+    return [norm.y for norm in norms if not any(same(call.y, norm.x) for call in inside if call is not norm)]
 
-    It starts with what the block is called with, `first`, or what a norm gives: where it takes the fewest parts, as a
-    sum of more is easily had, but for rounding.
-    """
-    if same(first, joined):
-        return first, []
-    others = [call for call in calls if call.y.shape == joined.shape and call.name not in maps]
-    found: list[tuple[Tensor, list[Part]]] = []
-    for start in [first, *(call.y for call in others if norm_before(call.y, [call])[0] is not None)]:
-        if parts := _parts(start, joined, calls, maps):
-            found.append((start, parts))
-            if len(parts) <= ENOUGH:
-                break
-    return min(found, key=lambda section: len(section[1]), default=None)
+
+def _section(
+    states: list[Tensor], joined: Tensor, calls: list[Call], maps: dict[str, LinearMap]
+) -> tuple[Tensor, list[Part]] | None:
+    """Which of the stream's `states` the section starts with that ends as `joined`, and what joins it; None if none."""
+    if same(states[0], joined):  # a norm is the first thing in the block
+        return joined, []
+    found = ((start, _parts(start, joined, states, calls, maps)) for start in states)
+    return next((section for section in found if section[1]), None)
 
 
 def _writers(
@@ -136,11 +133,16 @@ def _writers(
     return writers
 
 
-def _parts(start: Tensor, end: Tensor, inside: list[Call], maps: dict[str, LinearMap]) -> list[Part]:
-    """What joins the stream between `start` and `end`; nothing, if that is not the outputs of some calls."""
+def _parts(
+    start: Tensor, end: Tensor, states: list[Tensor], inside: list[Call], maps: dict[str, LinearMap]
+) -> list[Part]:
+    """What joins the stream between `start` and `end`; nothing, if that is not the outputs of some calls.
+
+    What a call gives that is one of the `states` of the stream is no part.
+    """
     distinct: list[Call] = []
     for call in sorted(inside, key=lambda call: call.name not in maps):  # of equal outputs, a linear map's is taken
-        known = [start, end, *(other.y for other in distinct)]
+        known = [end, *states, *(other.y for other in distinct)]
         if call.y.shape == end.shape and not any(same(call.y, output) for output in known):
             distinct.append(call)
     # An outer module may add up inner ones: which of them a regression on all takes is left to rounding.
