@@ -1,11 +1,11 @@
 """An encoder with a new head learns to classify: guided, probes and AdamW with as many steps.
 
-    python benchmarks/encoder.py WAY --task sst2 --data DATA --lr LR --seed SEED [--model MODEL]
+    python benchmarks/encoder.py WAY --task sst2 --data DATA --lr LR --seed SEED [--rank RANK] [--model MODEL]
 
 `MODEL` is a folder or a name of the hub; the figures are of sentence-transformers/all-MiniLM-L6-v2, of BERT's kind with
 six layers, in float32, and a head with random weights. 200 steps of batch 16, the rate falling linearly to 0; accuracy
 on 400 rows held out of the training split and on the validation rows, before and after every 50 steps. Writes
-results/encoder/TASK-WAY-lrLR-sSEED.json.
+results/encoder/TASK-WAY-lrLR-sSEED.json, the rank in the name too if it is not guided's own, 8.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,10 @@ TASKS: dict[str, tuple[str, str, int, tuple[str, str]]] = {
 }
 WAYS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "guided": zoft.Guided,
-    "guided-attention": lambda model, **options: zoft.Guided(model, attention=True, **options),
-    "agzo": lambda model, **options: zoft.AGZO(model, eps=EPS, **options),
-    "zo-act": lambda model, **options: zoft.ZOAct(model, eps=EPS, **options),
-    "mezo": lambda model, **options: zoft.MeZO(model, eps=EPS, **options),
+    "guided-attention": partial(zoft.Guided, attention=True),
+    "agzo": partial(zoft.AGZO, eps=EPS),
+    "zo-act": partial(zoft.ZOAct, eps=EPS),
+    "mezo": partial(zoft.MeZO, eps=EPS),
     "fo-adamw": lambda model, lr, seed: torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0),
 }
 
@@ -67,9 +68,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the folders of the tasks")
     parser.add_argument("--lr", required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rank", type=int, help="of guided's bases")
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     given = parser.parse_args()
     way, task, lr, seed = given.way, given.task, given.lr, given.seed
+    options = {} if given.rank is None else {"rank": given.rank}
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=TASKS[task][2])
@@ -98,7 +101,7 @@ def main() -> None:
             eval_dataset={"held_out": train[:HELD_OUT], "validation": validation},
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=accuracy,
-            optimizers=(WAYS[way](model, lr=float(lr), seed=seed), None),
+            optimizers=(WAYS[way](model, lr=float(lr), seed=seed, **options), None),
         )
         trainer.train()
     found: dict[int, dict[str, float]] = {}
@@ -106,10 +109,11 @@ def main() -> None:
         for rows in ("held_out", "validation"):
             if f"eval_{rows}_accuracy" in line:
                 found.setdefault(line["step"], {})[rows] = line[f"eval_{rows}_accuracy"]
-    command = f"python benchmarks/encoder.py {way} --task {task} --data DATA --lr {lr} --seed {seed}"
+    rank, ranked = ("", "") if given.rank is None else (f" --rank {given.rank}", f"-rank{given.rank}")
+    command = f"python benchmarks/encoder.py {way} --task {task} --data DATA --lr {lr} --seed {seed}{rank}"
     facts = {"command": command, "accuracy": found, "peak_memory_bytes": peak_memory_bytes()}
     RESULTS.mkdir(exist_ok=True)
-    write_json(RESULTS / f"{task}-{way}-lr{lr}-s{seed}.json", facts)
+    write_json(RESULTS / f"{task}-{way}{ranked}-lr{lr}-s{seed}.json", facts)
     print(json.dumps(facts))
 
 

@@ -19,8 +19,8 @@ def main(name: str = "FacebookAI/roberta-base", folder: str = "runs/classifier")
         train_dataset=Dataset.from_list([{**tokenizer(text), "labels": label} for text, label in ROWS]),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        # The loss reads one token of each text: attention carries its error to the others.
-        optimizers=(zoft.Guided(model, lr=1e-3, attention=True), None),
+        # The loss reads one token: attention carries its error to the others. A new head takes many directions.
+        optimizers=(zoft.Guided(model, lr=1e-3, rank=64, attention=True), None),
     )
     trainer.train()
     trainer.save_model()  # the head with it; loads with peft.PeftModel.from_pretrained(model, folder)
