@@ -26,6 +26,7 @@ import zoft
 from optim.models import GROUPED, SIZES, VOCABULARY, snapshot, token_batch
 from zoft.errors import UserError
 from zoft.train.adapter import save_adapter
+from zoft.train.heads import load_heads, save_heads
 
 SEQUENCES, TOKENS, ANSWERS = (
     AutoModelForSequenceClassification,
@@ -84,6 +85,13 @@ def test_a_head_alone_is_no_adapter(tmp_path: Path) -> None:
     optimizer.step(lambda: output(model).square().mean())
     with pytest.raises(UserError, match="only the head has learned"):
         save_adapter(optimizer, tmp_path)
+
+
+def test_heads_of_another_model_are_refused(tmp_path: Path) -> None:
+    """Once what did not fit was left out without a word."""
+    save_heads(build(SEQUENCES, "bert", 0), tmp_path)
+    with pytest.raises(RuntimeError, match=r"dense.weight"):
+        load_heads(build(SEQUENCES, "roberta", 0), tmp_path)
 
 
 def rows(count: int) -> list[dict[str, Any]]:

@@ -64,6 +64,14 @@ def save_heads(model: Any, folder: Path) -> None:
 
 
 def load_heads(model: Any, folder: Path) -> None:
-    """Give `model` the heads that `save_heads` has written, if it has any."""
-    if heads_of(model):
-        model.load_state_dict(load_file(folder / FILE), strict=False)
+    """Give `model` the heads that `save_heads` has written, if it has any.
+
+    Raises:
+        RuntimeError: they are of another model.
+    """
+    heads = heads_of(model)
+    tensors = load_file(folder / FILE) if heads else {}
+    for name, head in heads.items():
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        head.load_state_dict(own)
