@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("method, settled, forwards", [("agzo", "agzo", 24), ("auto", "guided", 12)])
+@pytest.mark.parametrize("method, settled, forwards", [("agzo", "agzo", 12), ("auto", "guided", 6)])
 def test_a_pretrained_model_trains_on_the_bundled_sample(
     method: str, settled: str, forwards: int, tmp_path: Path
 ) -> None:
@@ -21,20 +21,20 @@ def test_a_pretrained_model_trains_on_the_bundled_sample(
     the answer to a row may turn on one.
     """
     out, sample = tmp_path / "run", Path(__file__).parents[1] / "src/zoft/demo/squad"
-    common = ["--task", "squad", "--data", str(sample), "--eval-examples", "8", "--json"]
+    common = ["--task", "squad", "--data", str(sample), "--eval-examples", "4", "--json"]
     flags = [
         "--method",
         method,
         "--lr",
         "3e-5",
         "--steps",
-        "12",
+        "6",
         "--batch-size",
         "4",
         "--eval-steps",
-        "12",
+        "6",
         "--dev-examples",
-        "8",
+        "4",
         "--dtype",
         "float32" if method == "auto" else "bfloat16",
     ]

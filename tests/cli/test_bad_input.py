@@ -43,7 +43,10 @@ def assert_refused(outcome: Outcome, message: str, out: Path | None = None) -> N
             ["--method", "agzo", "-o", "probe_batching=x"],
             "probe_batching must be true or false or one of auto",
         ),
-        (["--method", "agzo", "-o", "include=no.such.*"], "no trainable linear layer"),
+        (
+            ["--method", "agzo", "-o", "include=no.such.*"],
+            "a linear layer here is called 'model.layers.0.self_attn.q_proj'",
+        ),
         (["--method", "lora", "-o", "rank=0"], "method lora"),
         (["--method", "fo-sgd", "-o", "momentum=-1"], "method fo-sgd"),
         (["--steps", "0"], "steps must be at least 1, not 0"),
