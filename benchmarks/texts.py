@@ -4,10 +4,10 @@
 
 SmolLM2-135M-Instruct, 60 steps as `zoft train` takes them, the rate falling linearly to 0. ROWS: `wikitext`, the lines
 of WikiText-2 of more than 200 characters as `text` (64 tokens of each, batches of 8), or `gsm8k`, its problems as
-conversations (up to 320 tokens, batches of 4). The loss on 40 held-out rows is taken before and
-after every 30 steps, that on 120 validation rows before and at the end. LoRA's weights are float32: it is slow in
-bfloat16 on a CPU without instructions for it. Writes results/texts/ROWS-WAY-lrLR-sSEED.json, the rank in the name too
-if it is not the method's own, 8.
+conversations (up to 320 tokens, batches of 4). The loss on 40 held-out rows is taken before and after every 30 steps,
+that on 120 validation rows before and at the end. LoRA's weights are float32: it is slow in bfloat16 on a CPU without
+instructions for it. Writes results/texts/ROWS-WAY-lrLR-sSEED.json, the rank in the name too if it is not the method's
+own, 8.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank", type=int)
     given = parser.parse_args()
-    settings = COMMON | SIZES[given.rows] | WAYS[given.way]
-    if given.rank is not None:
-        settings = settings | {"method_options": settings.get("method_options", {}) | {"rank": given.rank}}
+    ranks = {} if given.rank is None else {"rank": given.rank}
+    settings = {"method_options": {}} | COMMON | SIZES[given.rows] | WAYS[given.way]
+    settings["method_options"] = settings["method_options"] | ranks
     with tempfile.TemporaryDirectory() as folder:
         for split, source in (("train", 0), ("validation", 1)):
             lines = (json.dumps(row) + "\n" for row in ROWS[given.rows](given.data, source))

@@ -133,11 +133,12 @@ def find_linear_maps(
         kinds = Counter(type(m).__name__ for m in names if not any(True for _ in m.children()))
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "no module at all"
         named = next((names[sharing[0]] for sharing in owners.values() if not _is_lookup(sharing[0])), None)
-        patterns = ", ".join(repr(pattern) for pattern in (*include, *exclude))
+        patterns = ", ".join(repr(pattern) for pattern in (*include, *exclude)) or "none"
+        called = f"; a linear layer here is called {named!r}" if named else ""
         raise NoLinearLayers(
             f"no trainable linear layer in {type(model).__name__} (found: {found}). Check include/exclude "
-            f"({patterns or 'none'}{f'; a linear layer here is called {named!r}' if named else ''}) and requires_grad, "
-            "name modules that map x to y with linear=[...], or take MeZO, which needs none"
+            f"({patterns}{called}) and requires_grad, name modules that map x to y with linear=[...], or take MeZO, "
+            "which needs none"
         )
     return maps
 
