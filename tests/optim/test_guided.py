@@ -1,7 +1,7 @@
 """The guided left factor: the estimate is autograd's gradient without the ways it neglects."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 
 import pytest
@@ -13,12 +13,13 @@ from zoft.optim import Guided, Loss, NoStream
 
 from .guidance import (
     BUILDERS,
+    FUSED,
     NEGLECTED,
     closure_of,
     detached,
+    detached_attention,
     error,
     estimated,
-    fixed_pattern,
     gradient,
     names,
     stream_of,
@@ -29,7 +30,7 @@ from .models import changed, llama, snapshot, token_batch
 @pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_it_is_the_gradient_with_the_pattern_of_attention_fixed(
+def test_it_is_the_gradient_but_for_the_way_through_attention_if_that_is_not_asked_for(
     name: str, dtype: torch.dtype, tolerance: float, attention: bool
 ) -> None:
     """All positions are read, so nothing else is neglected."""
@@ -40,14 +41,18 @@ def test_it_is_the_gradient_with_the_pattern_of_attention_fixed(
     optimizer, closure = Guided(model, rank=64, attention=attention), closure_of(model, token_batch())
     found = estimated(optimizer, closure)
     optimizer.branches.detach()
-    with detached(model, NEGLECTED[name]) if name in NEGLECTED else nullcontext(), fixed_pattern(attention):
+    with ExitStack() as stack:
+        stack.enter_context(detached(model, NEGLECTED.get(name, ())))
+        stack.enter_context(nullcontext() if attention else detached_attention())
         expected = gradient(optimizer, closure)
     stream = stream_of(model)
     within = [m.name for w in stream.writers if w.feed_forward for m in w.feed_forward.inner]
-    values = [w.attention.values.name for w in stream.writers if w.attention] if attention else []
+    attended = [w.attention for w in stream.writers if w.attention]
+    made = [name for part in attended for name in part.maps] if attention else []
     head = {m.name for m in optimizer.maps} & stream.behind
-    assert found.keys() == {*names(stream), *within, *values, *head}
-    assert len(values) == 2 * (attention and name != "openai-gpt")
+    assert found.keys() == {*names(stream), *within, *made, *head}
+    assert len(attended) == 2 * (name != "openai-gpt") and all(part.queries and part.keys for part in attended)
+    assert len(made) == (2 if name in FUSED else 6) * (attention and name != "openai-gpt")
     assert {name: e for name in found if (e := error(found[name], expected[name])) > tolerance} == {}
 
 
@@ -95,8 +100,7 @@ def test_coefficients_already_trained_are_part_of_the_way_back() -> None:
         optimizer.step(closure)
     assert max(float(c.abs().max()) for c in optimizer.coefficients.values()) > 0.01
     found = estimated(optimizer, closure)
-    with fixed_pattern():
-        expected = gradient(optimizer, closure)  # the side branches are in the model
+    expected = gradient(optimizer, closure)  # the side branches are in the model
     assert all(error(found[name], expected[name]) < 1e-3 for name in found)
 
 
@@ -139,7 +143,7 @@ def test_under_autocast_it_is_the_same_but_for_rounding(name: str) -> None:
     whole = estimated(optimizer, closure)
     optimizer.branches.detach()
     found, dtypes = stream_of(model), []
-    for module in {layer for w in found.writers if w.attention for layer in w.attention.values.modules}:
+    for module in {layer for w in found.writers if w.attention for layer in w.attention.values.map.modules}:
         module.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
 
     def halved() -> Loss:
@@ -175,7 +179,7 @@ def test_what_it_does_not_reach_has_no_coefficients(feed_forward: bool, attentio
     optimizer = Guided(model, rank=4, feed_forward=feed_forward, attention=attention)
     optimizer.step(closure_of(model, token_batch()))
     ends = {"o_proj", "down_proj"} | ({"gate_proj", "up_proj"} if feed_forward else set())
-    ends |= {"v_proj"} if attention else set()
+    ends |= {"q_proj", "k_proj", "v_proj"} if attention else set()
     assert {name.rpartition(".")[2] for name in optimizer.coefficients} == ends
     assert optimizer.bases.keys() == optimizer.coefficients.keys()
     assert {m.name for m in optimizer.branches.active} == optimizer.coefficients.keys()

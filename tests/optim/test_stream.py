@@ -105,9 +105,9 @@ def test_a_look_keeps_few_rows_and_no_logits(monkeypatch: pytest.MonkeyPatch) ->
         assert logits[0]() is None
         return found_before(x, calls)
 
-    def heads(value: torch.Tensor, output: torch.Tensor) -> Heads:
-        seen.extend((value, output))
-        return Heads(value, output)
+    def heads(*rows: torch.Tensor) -> Heads:
+        seen.extend(rows)
+        return Heads(*rows)
 
     found_before = stream.norm_before
     monkeypatch.setattr(stream, "norm_before", norm_before)

@@ -1,7 +1,6 @@
-"""Attention with its pattern held fixed: a linear map from the values to the outputs, and the way back through it.
+"""Attention and the way back through it: from the outputs to queries, keys and values.
 
-Head by head, ``y_i = sum_j a_ij v_j``. The weights a are those of the pass that was seen; how they themselves answer to
-queries and keys is neglected.
+Head by head, ``y_i = sum_j a_ij v_j`` with the weights ``a_i = softmax_j(scale q_i . k_j)``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from zoft.optim.capture import Tokens
 from zoft.optim.placement import unrounded
 
-LARGE = 1 << 22  # attention weights held at a time
+LARGE = 1 << 20  # attention weights held at a time
 
 
 class Attended(NamedTuple):
@@ -71,13 +70,14 @@ def attended(see: Callable[[Attended], None]) -> Iterator[None]:
 class Pattern:
     """The attention weights of a call at the R positions from the first that the loss reads to the last.
 
-    Not the weights are held but what they are computed from: `query` [B, H, R, d] of these positions, `key`
+    Not the weights are held but what they are computed from: `query` [B, H, R, d] of these positions, `key` and `value`
     [B, G, S, d] of all, and their `mask`. `read` int64 [rows, 2] are the examples and places, among the R, of what the
     loss reads.
     """
 
     query: Tensor
     key: Tensor
+    value: Tensor
     mask: Tensor | None
     causal: bool
     scale: float
@@ -93,31 +93,39 @@ class Pattern:
         read, count = places
         mask = None if call.mask is None else call.mask.expand(batch, heads, -1, -1)[:, :, -count:]
         query = call.query[:, :, -count:]
-        return cls(query, call.key, mask, call.causal, call.scale, read.to(query.device))
+        return cls(query, call.key, call.value, mask, call.causal, call.scale, read.to(query.device))
 
-    def average(self, x: Tensor) -> Tensor:
-        """``sum_j a_ij x_j`` for each head at the rows read, float32 [rows, H, r]; `x` [B, T, r] is of final keys."""
-        x = self._of_keys(x)
-        return self.rows(torch.cat([self._weights(part) @ x for part in self._parts()], 1))
+    def output(self) -> Tensor:
+        """The averages of the values, head by head, at the rows read, float32 [rows, H, d]."""
+        averages = (self._weights(heads) @ self._of(self.value, heads) for heads in self._parts())
+        return self.rows(torch.cat(list(averages), 1))
 
-    def pull(self, error: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The error at the values of the rows read, for `error` at the outputs there, both float32 [rows, H, d].
+    def pull(self, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The errors at queries, keys and values of the rows read, for that at the outputs, float32 [rows, H, d].
 
-        And the `average` of `x`, for which the weights are not computed once more.
+        Heads that look at the same keys and values each have a share of the error there.
         """
         batch, _, count, _ = self.query.shape
         at_output = error.new_zeros(batch, count, *error.shape[1:])
         at_output[self.read[:, 0], self.read[:, 1]] = error
-        at_output, x, at_values, averages = at_output.transpose(1, 2), self._of_keys(x), [], []
-        for part in self._parts():
-            weights = self._weights(part)
-            at_values.append((weights.transpose(-1, -2) @ at_output[:, part])[:, :, -count:])
-            averages.append(weights @ x)
-        return self.rows(torch.cat(at_values, 1)), self.rows(torch.cat(averages, 1))
+        at_output = at_output.transpose(1, 2)
+        at_queries, at_keys, at_values = [], [], []
+        for heads in self._parts():
+            weights, at_heads = self._weights(heads), at_output[:, heads]
+            at_weights = at_heads @ self._of(self.value, heads).transpose(-1, -2)
+            at_weights -= (at_weights * weights).sum(-1, keepdim=True)
+            at_logits = at_weights.mul_(weights).mul_(self.scale)
+            at_queries.append(at_logits @ self._of(self.key, heads))
+            at_keys.append(at_logits.transpose(-1, -2) @ self.query[:, heads].float())
+            at_values.append(weights.transpose(-1, -2) @ at_heads)
+        at_query, at_key, at_value = (self.rows(torch.cat(parts, 1)) for parts in (at_queries, at_keys, at_values))
+        return at_query, at_key, at_value
 
     def rows(self, x: Tensor) -> Tensor:
-        """Those of `x` [B, H, R, r] that the loss reads, [rows, H, r]."""
-        return x.transpose(1, 2)[self.read[:, 0], self.read[:, 1]]
+        """Those of `x` [B, H or G, S, d] at the rows read, [rows, H, d]; of the S positions, the R are the last."""
+        places = self.read[:, 1] + x.shape[2] - self.query.shape[2]
+        rows = x.transpose(1, 2)[self.read[:, 0], places]
+        return rows.repeat_interleave(self.query.shape[1] // rows.shape[1], 1)
 
     def _parts(self) -> Iterator[slice]:
         """Heads whose weights are held together."""
@@ -125,15 +133,15 @@ class Pattern:
         size = max(1, LARGE // (batch * count * self.key.shape[2]))
         return (slice(start, start + size) for start in range(0, heads, size))
 
-    def _of_keys(self, x: Tensor) -> Tensor:
-        return F.pad(x.float(), (0, 0, self.key.shape[2] - x.shape[1], 0)).unsqueeze(1)
+    def _of(self, x: Tensor, heads: slice) -> Tensor:
+        """What these heads look at, of keys or values `x` [B, G, S, d], float32 [B, heads, S, d]."""
+        sharing = self.query.shape[1] // x.shape[1]
+        return x.index_select(1, torch.arange(self.query.shape[1], device=x.device)[heads] // sharing).float()
 
     def _weights(self, heads: slice) -> Tensor:
         """Those of these heads, float32 [B, heads, R, S], finite: padding may see nothing at all."""
         query, least = self.query[:, heads].float(), torch.finfo(torch.float32).min
-        sharing = self.query.shape[1] // self.key.shape[1]  # heads that look at the same keys
-        keys = torch.arange(self.query.shape[1], device=query.device)[heads] // sharing
-        logits = query @ self.key.index_select(1, keys).float().transpose(-1, -2) * self.scale
+        logits = query @ self._of(self.key, heads).transpose(-1, -2) * self.scale
         if self.causal:  # the last query sees the last key
             seen = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device)
             logits = logits.masked_fill_(~seen.tril(logits.shape[-1] - logits.shape[-2]), least)

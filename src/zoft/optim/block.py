@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoft.optim.inside import Attention, attention_of, feed_forward_of, norm_before
 from zoft.optim.layers import LinearMap
 from zoft.optim.placement import device_of
-from zoft.optim.recording import Call, Heads, exact, is_leaf, same
+from zoft.optim.recording import Call, Recording, exact, is_leaf, same
 from zoft.optim.transpose import FeedForward, Norm
 
 Part = tuple[Call, float]  # whose output, times the number, joins the stream
@@ -58,31 +58,27 @@ class Block:
         return device_of(*(module for writer in self.writers for module in writer.map.modules))
 
 
-def block_of(
-    call: Call, calls: list[Call], maps: dict[str, LinearMap], heads: list[Heads], last: nn.Module
-) -> Block | None:
-    """The block that was called, among all `calls` in order; without the norm `last`, if it ends with this one.
+def block_of(call: Call, seen: Recording, maps: dict[str, LinearMap], last: nn.Module) -> Block | None:
+    """The block that was called, among all calls `seen`; without the norm `last`, if it ends with this one.
 
     None if it normalises the stream, and it is not known of what.
     """
-    inside = [other for other in calls if other.name.startswith(f"{call.name}.")]
-    steps = _steps(call, inside, maps, heads)
+    inside = seen.within(call.name)
+    steps = _steps(call, inside, maps)
     if steps is None:
         return None
     if steps and isinstance(steps[-1], Norm) and steps[-1].module is last:
         steps.pop()
     readers = {step.feed_forward.reader for step in steps if isinstance(step, Writer) and step.feed_forward}
-    parallel = any(other.module in readers and same(other.x, call.x) for other in inside)
+    parallel = any(other.module in readers and same(other.x, call.x) for other in inside.calls)
     return Block(call.module, steps, parallel)
 
 
-def _steps(
-    block: Call, inside: list[Call], maps: dict[str, LinearMap], heads: list[Heads]
-) -> list[Writer | Norm] | None:
+def _steps(block: Call, inside: Recording, maps: dict[str, LinearMap]) -> list[Writer | Norm] | None:
     """The way of the stream through `block`, from its end to its beginning, a section from one norm to the next."""
     steps: list[Writer | Norm] = []
-    state, before = block.y, inside
-    states = [block.x, *_normalised(block, inside, maps)]
+    state, before = block.y, inside.calls
+    states = [block.x, *_normalised(block, inside.calls, maps)]
     while not same(state, block.x):
         norm, joined = norm_before(state, before)
         if norm is not None:
@@ -91,7 +87,7 @@ def _steps(
         if section is None:
             return None if norm is not None or steps else []
         start, parts = section
-        steps = [*_writers(start, parts, inside, maps, heads), *([norm] if norm is not None else []), *steps]
+        steps = [*_writers(start, parts, inside, maps), *([norm] if norm is not None else []), *steps]
         state = start
     return steps
 
@@ -113,9 +109,7 @@ def _section(
     return next((section for section in found if section[1]), None)
 
 
-def _writers(
-    start: Tensor, parts: list[Part], inside: list[Call], maps: dict[str, LinearMap], heads: list[Heads]
-) -> list[Writer]:
+def _writers(start: Tensor, parts: list[Part], inside: Recording, maps: dict[str, LinearMap]) -> list[Writer]:
     """The linear maps whose outputs, times something, are the `parts` that join the stream after `start`."""
     states = [exact(start)]  # of the stream, as the writers join it
     writers = []
@@ -124,10 +118,12 @@ def _writers(
         norm: Norm | None = None
         if joining.name not in maps:  # perhaps a norm between the writer and the stream
             norm = Norm.of(joining.module, joining.x) if is_leaf(joining.module) else None
-            source = next((c for c in inside if c.name in maps and norm is not None and same(c.y, joining.x)), None)
+            source = next(
+                (c for c in inside.calls if c.name in maps and norm is not None and same(c.y, joining.x)), None
+            )
         if source is not None:
-            attention = attention_of(source, inside, maps, states, heads)
-            feed_forward = None if attention else feed_forward_of(source, inside, maps, states)
+            attention = attention_of(source, inside, maps, states)
+            feed_forward = None if attention else feed_forward_of(source, inside.calls, maps, states)
             writers.append(Writer(maps[source.name], gain, norm, feed_forward, attention))
         states.append(states[-1] + gain * exact(joining.y))
     return writers

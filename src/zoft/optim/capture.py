@@ -97,7 +97,8 @@ class Tokens:
     padding, and ``logits_to_keep``, the number of final positions whose logits are computed (all without it).
     Activations of another leading shape (tokens already selected, routed or flattened differently) are taken whole.
 
-    With `most`, the loss counts as reading no more than so many of them, the last; with `everywhere`, as reading all.
+    With `most`, the loss counts as reading no more than so many of them, those at the last places, of whatever example;
+    with `everywhere`, as reading all.
     """
 
     def __init__(self, most: int | None = None, everywhere: bool = False) -> None:
@@ -126,7 +127,10 @@ class Tokens:
         if not self._everywhere:
             read = read & (torch.arange(length, device=read.device) >= length - self._kept)
         places = read.nonzero()
-        self._read = places if self._most is None else places[-self._most :]
+        if self._most is not None:
+            latest = places[:, 1].argsort(descending=True, stable=True)[: self._most]
+            places = places[latest.sort().values]
+        self._read = places
         self._first = int(self._read[:, 1].min()) if len(self._read) else 0
 
     def rows(self, x: Tensor) -> Tensor:

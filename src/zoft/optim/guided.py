@@ -8,16 +8,15 @@ its input x into the stream, ``G ~ sum over positions of e x^T``, and its coeffi
 well, which gives its inner matrices their factors and corrects the error for the blocks before; where a block
 normalises the stream itself, through that norm.
 
-With its pattern held fixed, attention is a linear map of the values (`zoft.optim.attention`): if it is asked for, the
-error is carried through it to all tokens, and the matrices that make the values have factors too. What that takes is
-much, so that the first pass keeps only what each block was called with, and each runs again before the error goes back
-through it.
+If it is asked for, the error is carried through attention as well (`zoft.optim.attention`), to all tokens, and the
+matrices that make queries, keys and values have factors too. What that takes is much, so that the first pass keeps only
+what each block was called with, and each runs again before the error goes back through it.
 
-What is neglected is the rest of the way through attention: how its pattern changes, or all of it, and with it the error
-at positions that the loss does not read. The estimate is therefore biased, but needs no probe: one forward pass. It is
-white-box (weights of the head and within the blocks are read, transposed) and asks the loss for its slope at the
-logits. Of a loss that does not know it, or behind another head, autograd takes the slope at what the final norm gives:
-of the blocks nothing is recorded, and the linear maps that follow learn from the gradient itself.
+What is neglected is the way through attention, if it is not asked for, and with it the error at positions that the loss
+does not read; and whatever is not known in closed form. So the estimate may be biased, but needs no probe: one forward
+pass, or two. It is white-box (weights of the head and within the blocks are read, transposed) and asks the loss for its
+slope at the logits. Of a loss that does not know it, or behind another head, autograd takes the slope at what the final
+norm gives: of the blocks nothing is recorded, and the linear maps that follow learn from the gradient itself.
 
 Relatives: feedback alignment (Lillicrap et al. 2016) and direct feedback alignment (Nøkland 2016) send errors back
 through fixed matrices; the logit lens (nostalgebraist 2020) reads the stream through the head in the other direction.
@@ -54,7 +53,7 @@ class Guided:
     """Left factors from the output error, by one clean forward pass.
 
     `feed_forward` carries the error through the feed-forward parts, exactly, and gives their inner matrices factors
-    too; `attention` does so for attention, its pattern held fixed, and the matrices that make its values (where torch's
+    too; `attention` does so for attention and the matrices that make its queries, keys and values (where torch's
     ``scaled_dot_product_attention`` computes it), for which every block runs a second time, so that it counts as two
     forwards; with `attention_after`, in the first step, which shows whether blocks can, and then only after so many
     steps. What all blocks were called with is held meanwhile: if that is more than a 64th of the weights' memory, a

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoft.optim.layers import LinearMap
-from zoft.optim.recording import Call, Heads, close, exact, is_leaf, same
+from zoft.optim.projection import Projection, projections
+from zoft.optim.recording import Call, Recording, close, exact, is_leaf, same
 from zoft.optim.transpose import FeedForward, Norm
 
 # Activation functions that are called without a module of their own.
@@ -21,19 +22,26 @@ FUNCTIONS: list[Function] = [F.silu, F.gelu, partial(F.gelu, approximate="tanh")
 
 @dataclass(frozen=True)
 class Attention:
-    """Averages of `values` over positions, head by head; ``values(norm(h))``, or ``values(h)`` without `norm`.
+    """Attention over heads that linear maps make of ``norm(h)``, or of h without `norm`.
 
-    `columns` int64 [H * d]: which of the outputs of `values` are averaged, in the order of the heads.
+    Where it is not known how it comes by its `queries` and `keys`, these are None.
     """
 
     norm: Norm | None
-    values: LinearMap
-    columns: Tensor
+    values: Projection
+    queries: Projection | None
+    keys: Projection | None
 
     @property
     def reader(self) -> nn.Module:
         """The module that is called with h."""
-        return self.norm.module if self.norm is not None else self.values.modules[0]
+        return self.norm.module if self.norm is not None else self.values.map.modules[0]
+
+    @property
+    def maps(self) -> dict[str, LinearMap]:
+        """By name; one may make several of the heads."""
+        parts = (self.values, self.queries, self.keys)
+        return {part.map.name: part.map for part in parts if part is not None}
 
 
 def feed_forward_of(
@@ -72,29 +80,26 @@ def _openings(
             yield gate.y[:, halves[0]], None, gate.y[:, halves[1]], halves
 
 
-def attention_of(
-    out: Call, calls: list[Call], maps: dict[str, LinearMap], states: list[Tensor], heads: list[Heads]
-) -> Attention | None:
-    """How the input of `out` is computed, if it is attention over outputs of a linear map of the stream or its norm."""
-    seen = next((h for h in heads if same(h.output, out.x)), None)
-    if seen is None or not readable(out, maps):
+def attention_of(out: Call, seen: Recording, maps: dict[str, LinearMap], states: list[Tensor]) -> Attention | None:
+    """How the input of `out` is computed, if it is attention over outputs of linear maps of the stream or its norm."""
+    heads = next((heads for heads in seen.heads if same(heads.output.flatten(1), out.x)), None)
+    if heads is None or not readable(out, maps):
         return None
-    for call in calls:
-        columns = _columns(seen.value, call.y) if call.name in maps else None
-        if columns is not None and readable(call, maps):
-            as_it_is = any(close(call.x, state) for state in states)
-            norm = None if as_it_is else norm_before(call.x, calls)[0]
-            if as_it_is or norm is not None:
-                return Attention(norm, maps[call.name], columns)
+    mapped = [call for call in seen.calls if call.name in maps]
+    norms = [call for call in (*seen.calls, *seen.by_head) if call.name not in maps and is_leaf(call.module)]
+
+    def made(part: Tensor, calls: list[Call]) -> Iterator[tuple[Call, Projection]]:
+        found = projections(part, calls, norms, maps)
+        return ((call, projection) for call, projection in found if readable(call, maps))
+
+    for call, values in made(heads.value, mapped):
+        as_it_is = any(close(call.x, state) for state in states)
+        norm = None if as_it_is else norm_before(call.x, seen.calls)[0]
+        if as_it_is or norm is not None:
+            beside = [other for other in mapped if same(other.x, call.x)]
+            others = (next(made(part, beside), None) for part in (heads.query, heads.key))
+            return Attention(norm, values, *(None if other is None else other[1] for other in others))
     return None
-
-
-def _columns(part: Tensor, whole: Tensor) -> Tensor | None:
-    """Which column of `whole` [n, d] each column of `part` [n, e] is, int64 [e]; None if one of them is none."""
-    equal = torch.ones(part.shape[1], whole.shape[1], dtype=torch.bool, device=whole.device)
-    for row, other in zip(part.to(whole.device), whole, strict=True):
-        equal &= row.unsqueeze(1) == other
-    return equal.int().argmax(1) if bool(equal.any(1).all()) else None
 
 
 def readable(call: Call, maps: dict[str, LinearMap]) -> bool:

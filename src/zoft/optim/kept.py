@@ -33,10 +33,9 @@ class Kept:
 
     tokens: Tokens = field(default_factory=Tokens)
     coordinates: dict[str, Tensor] = field(default_factory=dict)  # x A by map name, of writers and what is in outputs
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # of inner maps of feed-forward parts
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of inner maps of feed-forward parts and of attention
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of norms, feed-forward parts and attention
-    patterns: dict[str, tuple[Pattern, Tensor]] = field(default_factory=dict)  # of attention, by its values' map name,
-    # and x A for that map, of all tokens [batch, tokens, r]
+    patterns: dict[str, Pattern] = field(default_factory=dict)  # of attention, by its values' map name
     shelf: Shelf = field(default_factory=Shelf)
 
     def take(self, writer: Writer, error: Tensor, estimate: Estimate) -> Tensor:
@@ -71,7 +70,7 @@ def keeping(
     norms = {writer.norm.module for writer in writers if writer.norm}.union(*(block.norms for block in blocks))
     readers = {part.reader for part in parts} | {part.reader for part in attentions}
     branches, tokens = landscape.branches, kept.tokens
-    values: list[tuple[str, Tensor]] = []  # the latest map of values that was called, and x A of all its tokens
+    values: list[str] = []  # the latest map of values that was called
 
     def see_map(name: str, inner: bool) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -91,32 +90,29 @@ def keeping(
             kept.inputs[module] = kept.shelf.put(x)
 
     def see_values(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            basis, x = branches.basis(name), input_of(args, kwargs).to(output.device)
-            projected = tokens.by_example(x if basis is None else branches.project(x, basis))
-            if projected is not None:  # without a basis the map is not trained, but the error goes through it
-                values[:] = [(name, projected[..., :0] if basis is None else projected)]
+        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            values[:] = [name]
 
         return see
 
     def see_attention(call: Attended) -> None:
         pattern = Pattern.of(call, tokens)
-        for name, projected in values:
-            if pattern is not None and projected.shape[1] <= call.key.shape[2]:
-                kept.patterns[name] = pattern, projected
+        if pattern is not None:
+            kept.patterns.update((name, pattern) for name in values)
         values.clear()
 
     with ExitStack() as handles:
         handles.callback(landscape.model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
         if attentions:
             handles.enter_context(attended(see_attention))
-        for layer in (layer for part in parts for layer in part.inner):
+        inner = {layer.name: layer for part in parts for layer in part.inner}
+        for part in attentions:
+            inner |= part.maps
+            (module,) = part.values.map.modules
+            handles.callback(module.register_forward_hook(see_values(part.values.map.name)).remove)
+        for layer in inner.values():
             (module,) = layer.modules
             handles.callback(module.register_forward_hook(see_map(layer.name, inner=True), with_kwargs=True).remove)
-        for attention_of in attentions:
-            (module,) = attention_of.values.modules
-            hook = see_values(attention_of.values.name)
-            handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for writer in writers:
             (module,) = writer.map.modules
             hook = see_map(writer.map.name, inner=False)

@@ -29,22 +29,31 @@ class Call:
 
 @dataclass(frozen=True)
 class Heads:
-    """A call of attention, as `zoft.optim.attention` computes it."""
+    """A call of attention, as `zoft.optim.attention` computes it: rows [n, H, d] of what goes in and out."""
 
-    value: Tensor  # rows [n, H * d]
-    output: Tensor  # rows [n, H * d]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
 
 
 @dataclass(frozen=True)
 class Recording:
     """The calls of modules and of attention, and the names of all modules called, each in the order they end.
 
-    Calls with no rows of the tokens that went into the model are left out.
+    Calls with no rows of the tokens that went into the model are left out. Those that take the heads of attention one
+    by one, [batch, tokens, H, d] or [batch, H, tokens, d], are apart, their rows [n, H * d].
     """
 
     calls: list[Call] = field(default_factory=list)
+    by_head: list[Call] = field(default_factory=list)
     heads: list[Heads] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+
+    def within(self, name: str) -> Recording:
+        """The calls inside the module of this `name`, and those of attention, which know no module."""
+        inside = [[call for call in calls if call.name.startswith(f"{name}.")] for calls in (self.calls, self.by_head)]
+        return Recording(inside[0], inside[1], self.heads)
 
 
 @contextmanager
@@ -55,9 +64,15 @@ def recorded(model: nn.Module) -> Iterator[Recording]:
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            x = tokens.read(first_tensor((*args, *kwargs.values())))
-            y = tokens.read(first_tensor(output))
+            given, made = first_tensor((*args, *kwargs.values())), first_tensor(output)
             recording.names.append(name)
+            if given is not None and made is not None and given.dim() == 4 and given.shape == made.shape:
+                for order in ((0, 1, 2, 3), (0, 2, 1, 3)):
+                    x, y = (tokens.read(tensor.permute(order).flatten(2)) for tensor in (given, made))
+                    if x is not None and y is not None:
+                        recording.by_head.append(Call(name, module, shelf.put(x), shelf.put(y)))
+                return
+            x, y = tokens.read(given), tokens.read(made)
             if y is not None and (x is not None or not name):
                 x = y[:0] if x is None else x.to(y.device)
                 recording.calls.append(Call(name, module, shelf.put(x), shelf.put(y)))
@@ -68,11 +83,10 @@ def recorded(model: nn.Module) -> Iterator[Recording]:
         pattern = Pattern.of(call, tokens)
         if pattern is None:
             return
-        average = pattern.average(call.value[:, 0])
-        value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)
-        value, output = (pattern.rows(x[:, :, -pattern.query.shape[2] :]) for x in (value, call.output))
-        if close(average[:, 0], output[:, 0]):  # else something else was done to the weights
-            recording.heads.append(Heads(shelf.put(value.flatten(1)), shelf.put(output.flatten(1))))
+        output = pattern.rows(call.output)
+        if close(pattern.output(), output):  # else something else was done to the weights
+            query, key, value = (shelf.put(pattern.rows(x)) for x in (call.query, call.key, call.value))
+            recording.heads.append(Heads(query, key, value, shelf.put(output)))
 
     with ExitStack() as handles:
         handles.callback(model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)

@@ -59,7 +59,7 @@ class Stream:
         """
         inner = [w.feed_forward for w in self.writers if w.feed_forward and feed_forward]
         maps = [w.map for w in self.writers] + [layer for part in inner for layer in part.inner]
-        maps += [w.attention.values for w in self.writers if w.attention and attention]
+        maps += [m for w in self.writers if w.attention and attention for m in w.attention.maps.values()]
         return {m.name for m in maps} | self.behind
 
 
@@ -82,7 +82,7 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
     blocks: list[Block] = []
     entries = [call for call in inner if _is_entry(call.name, call.module)]
     while call := next((c for c in entries if same(c.y, stream) and not same(c.x, c.y)), None):
-        block = block_of(call, inner, maps, seen.heads, norm.module)
+        block = block_of(call, seen, maps, norm.module)
         if block is None:
             break
         blocks.insert(0, block)

@@ -38,7 +38,7 @@ class Norm:
         vectors = torch.stack((torch.zeros_like(signs), signs / signs.square().mean().sqrt(), torch.ones_like(signs)))
         try:
             found = module(vectors.to(like.dtype))
-        except TypeError:  # it takes more than rows
+        except (TypeError, RuntimeError):  # it takes more than rows, or others
             return None
         if found.shape != vectors.shape:
             return None

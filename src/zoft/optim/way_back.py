@@ -98,20 +98,23 @@ class WayBack:
         return _behind(part.norm, h, at_x)
 
     def attended(self, writer: Writer, attention: Attention, error: Tensor) -> Tensor:
-        """The error at what `attention` reads of the stream, for that at the output of its `writer`; adds a factor."""
-        name, columns = attention.values.name, attention.columns
-        if name not in self.kept.patterns:
+        """The error at what `attention` reads of the stream, for that at the output of its `writer`; adds factors."""
+        pattern = self.kept.patterns.pop(attention.values.map.name, None)
+        if pattern is None:
             return torch.zeros_like(error)
-        pattern, projected = self.kept.patterns.pop(name)
         at_heads = self.transposed(writer.map, error).unflatten(1, (pattern.query.shape[1], -1))
-        at_averages, averages = pattern.pull(at_heads, projected)
-        if projected.shape[2]:
-            factor = averages.new_zeros(attention.values.d_out, projected.shape[2])
-            of_heads = torch.einsum("nhd,nhr->hdr", at_heads, averages).flatten(0, 1)
-            self.estimate.add_factor(name, factor.index_add_(0, columns, of_heads))
-        at_values = error.new_zeros(len(error), attention.values.d_out)
-        at_values.index_add_(1, columns, at_averages.flatten(1))
-        at_x = self.transposed(attention.values, at_values)
+        errors: dict[str, Tensor] = {}
+        made = (attention.queries, pattern.query), (attention.keys, pattern.key), (attention.values, pattern.value)
+        for (part, heads), at_part in zip(made, pattern.pull(at_heads), strict=True):
+            if part is not None:
+                name = part.map.name
+                at_map = part.pull(at_part, self.kept.outputs[name], pattern.rows(heads))
+                errors[name] = errors[name] + at_map if name in errors else at_map
+        at_x = torch.zeros_like(error)
+        for name, at_map in errors.items():
+            if (inputs := self.kept.coordinates.pop(name, None)) is not None:
+                self.estimate.add_factor(name, at_map.t() @ inputs)
+            at_x = at_x + self.transposed(attention.maps[name], at_map)
         return _behind(attention.norm, self.kept.inputs[attention.reader], at_x)
 
     def transposed(self, layer: LinearMap, error: Tensor) -> Tensor:

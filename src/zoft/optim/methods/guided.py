@@ -26,13 +26,14 @@ class Guided(ZeroOrder):
     to fall to 0 over the run; `zoft train` has it fall linearly.
 
     With ``into="weights"`` the steps are written into the weights, and the basis may be renewed every
-    `renew_every` steps. ``attention=True`` carries the error through attention as well, its pattern held fixed, to all
-    tokens, whose inputs then give the bases, and trains the matrices that make its values; each block runs once more as
-    the error goes back, which makes two forwards of a step (three of the first, if a batch large for the model is taken
-    in parts). With `attention_after` it does so in the first step, and
-    then only after so many, when Adam's moments begin anew: those of the smaller estimates before would make its steps
-    too large. ``feed_forward=False`` counts the stream as the identity, and then ``two_pass=True`` takes two forwards a
-    step and keeps nothing for each layer (`zoft.optim.guided.Guided`).
+    `renew_every` steps. ``attention=True`` carries the error through attention as well, to all tokens, whose inputs
+    then give the bases, and trains the matrices that make queries, keys and values; each block runs once more as the
+    error goes back, which makes two forwards of a step (three of the first, if a batch large for the model is taken in
+    parts). In a model of which all is known in closed form the estimate is then the gradient itself, in the bases.
+    With `attention_after` it does so in the first step, and then only after so many, when Adam's moments begin anew:
+    those of the smaller estimates before would make its steps too large. ``feed_forward=False`` counts the stream as
+    the identity, and then ``two_pass=True`` takes two forwards a step and keeps nothing for each layer
+    (`zoft.optim.guided.Guided`).
 
     Raises:
         ValueError: `two_pass` with `feed_forward` or `attention`, or `attention_after` without `attention`.
