@@ -71,6 +71,17 @@ def test_a_spike_moves_no_further_than_the_clip() -> None:
     assert float(moves[clip].norm() / moves[None].norm()) == pytest.approx(clip * usual / steepness, rel=1e-2)
 
 
+def test_of_probes_of_each_example_the_size_is_that_of_the_examples_own_slopes() -> None:
+    """Once it was that of their mean, which says nothing of them: it may be 0 by chance."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(4, 6)
+    optimizer = AGZO(model, per_example=True, normalise=True)
+    optimizer.estimate(lambda: model(x).sum(1))
+    (slopes,) = optimizer.traces[0].gradients
+    assert slopes.shape == (4,)
+    assert optimizer.pace.square == pytest.approx(float(slopes.square().mean()))
+
+
 def test_what_has_no_probes_has_no_pace() -> None:
     with pytest.raises(ValueError, match="clip, normalise and probe_batching"):
         Guided(llama(), clip=2.0)

@@ -124,6 +124,21 @@ def test_an_example_may_be_several_sequences() -> None:
     assert not torch.equal(probed[0], probed[2])
 
 
+def test_differences_that_cancel_are_an_estimate_and_equal_losses_are_none() -> None:
+    """Once an estimate was dropped as "did not change" where the examples' differences added up to 0, as ranks do."""
+    model, batch = llama(), token_batch(batch=2)
+    optimizer = LOZO(model, per_example=True, shape="rank", others="frozen")
+    cancelled = 0
+    for _ in range(8):
+        factors = factors_of(optimizer, lambda: token_losses(model, batch))
+        cancelled += optimizer.projected_gradients == [0]
+        assert any(bool(factor.any()) for factor in factors.values())
+    assert cancelled > 0 and optimizer.counters.zero == 0
+    with pytest.warns(UserWarning, match="did not change"):
+        assert not factors_of(optimizer, lambda: token_losses(model, batch) * 0)
+    assert optimizer.counters.zero == 1
+
+
 def test_a_mean_loss_is_refused() -> None:
     model, batch = llama(), token_batch()
     with pytest.raises(ValueError, match="one loss per example"):

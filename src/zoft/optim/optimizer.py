@@ -225,15 +225,18 @@ class ZeroOrder(torch.optim.Optimizer):
             )
         total = self._estimate = self._estimate or Estimate()
         finite = [g for g in gradients if math.isfinite(g)]
+        # Of examples with directions of their own each one's counts: their mean may be 0 though none of them is.
+        sound = [along for _, along in found.probed if math.isfinite(along.mean())]
+        slopes = torch.cat([along.reshape(-1) for along in sound]).tolist() if sound else finite
         if gradients and not finite:
             self.counters.skipped += 1
             message = "the loss is not finite; the estimate was skipped. Try a smaller lr or eps"
             self._warn("skipped", message, EstimateWarning)
-        elif finite and not any(finite):
+        elif finite and not any(slopes):
             self.counters.zero += 1
             self._warn("zero", "the loss did not change under the perturbation; try a larger eps", EstimateWarning)
         else:
-            total.merge(found, self.pace(finite) if finite else 1.0)
+            total.merge(found, self.pace(slopes) if finite else 1.0)
 
     @torch.no_grad()
     def calibrate(self, *closures: Closure) -> None:

@@ -13,6 +13,7 @@ MEMORY = 0.9  # of the running mean
 class Pace:
     """The factor by which an estimate is scaled, from the size of its projected gradients, ``sqrt(mean g^2)``.
 
+    Where every example has a direction of its own, the mean is over the examples' own g.
     With `clip`, an estimate larger than `clip` times the usual size is cut down to that, as gradients are clipped by
     their norm. With `normalise`, every estimate is divided by the usual size, so that lr is a distance and does not
     depend on the loss's scale; FZOO (arXiv 2506.09034) divides by the spread of one step's losses instead, which takes
