@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -191,6 +192,15 @@ def test_a_quantized_layer_cannot_be_written_and_is_named(method: type[ZeroOrder
     with pytest.raises(ValueError, match=r"'3'.*quantized"):
         method(quantized())
     method(quantized(), exclude=["3"])
+
+
+@pytest.mark.parametrize("method", [MeZO, LOZO, partial(AGZO, others="gaussian")])
+def test_an_excluded_layer_stays_as_it_is(method: Callable[..., ZeroOrder]) -> None:
+    """Once methods that move other parameters by dense noise moved its weight with them."""
+    model = mlp()
+    before, optimizer = snapshot(model), method(model, lr=0.1, exclude=["0"])
+    optimizer.step(loss_of(model))
+    assert changed(model, before) == {"1.weight", "1.bias", "3.weight", "3.bias"}
 
 
 def test_coefficients_train_beside_a_quantized_layer() -> None:

@@ -107,6 +107,19 @@ def test_include_and_exclude_are_shell_patterns_on_names() -> None:
     assert "lm_head" not in names(find_linear_maps(model, exclude=["lm_head"]))
 
 
+@pytest.mark.parametrize("pattern", ["0", "0.*", "0.weight"])
+def test_patterns_name_a_weight_by_its_own_name_or_its_layer_s(pattern: str) -> None:
+    """Once a layer that was excluded by its name was no map any more, and got dense noise instead."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3))
+    maps = find_linear_maps(model, exclude=[pattern])
+    assert names(maps) == ["1"]
+    assert set(other_parameters(model, maps, exclude=[pattern])) == {"1.bias"}
+    assert set(other_parameters(model, [], exclude=[pattern])) == {"1.weight", "1.bias"}
+    assert names(find_linear_maps(model, include=[pattern])) == ["0"]
+    assert set(other_parameters(model, [], include=[pattern])) == {"0.weight"}
+    assert not other_parameters(model, [], include=[pattern], exclude=["*.weight"])
+
+
 def test_frozen_layers_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].weight.requires_grad_(False)

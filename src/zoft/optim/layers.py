@@ -96,7 +96,7 @@ def find_linear_maps(
 
     A module counts if it is an ``nn.Linear``, a transformers ``Conv1D``, a layer of GPTQ, AWQ or packed GGUF, or if its
     name matches a pattern of `linear` and it has ``in_features`` and ``out_features`` or a ``[d_out, d_in]`` weight.
-    `include` and `exclude` are shell-style patterns on module names (``"*.q_proj"``). Frozen weights
+    `include` and `exclude` are shell-style patterns on names of modules (``"*.q_proj"``) or weights. Frozen weights
     (``requires_grad=False``) are left out, quantized ones, which cannot require a gradient, are not. A weight
     shared with an embedding is a map only with `embeddings`, and then every embedding is one: its gradient
     has no activation basis. With `experts`, the matrices of a fused weight are maps too (`zoft.optim.experts`).
@@ -119,7 +119,7 @@ def find_linear_maps(
         modules = tuple(m for m in sharing if not isinstance(m, nn.Embedding))
         first = sharing[0]
         name, weight = names[first], getattr(first, "weight", None)
-        if (lookups and not embeddings) or _is_frozen(weight) or not selected(name, include, exclude):
+        if (lookups and not embeddings) or _is_frozen(weight) or not _is_chosen(f"{name}.weight", include, exclude):
             continue
         if any(type(m).forward is not nn.Embedding.forward for m in lookups):
             continue  # an embedding that scales what it reads, or reads other rows than it is asked for
@@ -155,12 +155,15 @@ def other_parameters(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> dict[str, nn.Parameter]:
-    """Trainable floating-point parameters that belong to none of `maps`: norms, biases, embeddings."""
+    """Trainable floating-point parameters that belong to none of `maps`: norms, biases, embeddings.
+
+    `include` and `exclude` are patterns on their names or on those of the modules that have them.
+    """
     taken = {id(layer.parameter) for layer in maps}
     return {
         name: p
         for name, p in model.named_parameters()
-        if id(p) not in taken and _is_plain(p) and p.requires_grad and selected(name, include, exclude)
+        if id(p) not in taken and _is_plain(p) and p.requires_grad and _is_chosen(name, include, exclude)
     }
 
 
@@ -208,6 +211,12 @@ def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     """Whether `name` matches `include` (all, if empty) and no pattern of `exclude`."""
     wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
     return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
+def _is_chosen(parameter: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether a parameter of this name is selected, by it or by the name of its module."""
+    names = parameter, parameter.rpartition(".")[0]
+    return any(selected(name, include, ()) for name in names) and all(selected(name, (), exclude) for name in names)
 
 
 def _linear_map(name: str, modules: tuple[nn.Module, ...], lookups: tuple[nn.Embedding, ...]) -> LinearMap:
