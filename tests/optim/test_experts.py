@@ -127,6 +127,23 @@ def test_a_step_moves_the_experts_that_saw_tokens_by_their_low_rank_updates(name
             assert singular[1] < 1e-3 * singular[0]
 
 
+def test_experts_are_written_where_the_model_has_moved_to() -> None:
+    """Once they were written where they lay when the optimizer was made, and the model's own never moved."""
+    moved = []
+    for early in (True, False):
+        model = model_of("Mixtral")
+        if early:
+            model.double()
+        optimizer, names = AGZO(model, lr=1e-2, include=["*.experts.*"]), dict(model.named_parameters())
+        model.double()
+        before = snapshot(model)
+        optimizer.step(closure_of(model, token_batch()))
+        assert {"down_proj", "gate_up_proj"} == {name.rpartition(".")[2] for name in changed(model, before)}
+        moved.append({name: parameter - before[name] for name, parameter in names.items()})
+    for name, change in moved[0].items():
+        torch.testing.assert_close(moved[1][name], change)
+
+
 def test_what_is_no_expert_s_matrix_alone_is_dense() -> None:
     model = model_of("GPT-OSS")
     optimizer = AGZO(model, others="gaussian")

@@ -28,26 +28,32 @@ class LinearMap:
     """One linear map ``y = x W^T`` of the model, wherever and however often it is applied.
 
     `modules` apply it to activations; `lookups` are embeddings that share its weight (or are the map
-    themselves) and read its rows. `weight` is None where it is not a plain floating-point tensor (a quantized layer),
+    themselves) and read its rows. `parameter` is the model's that `weight` is, or lies in: an expert's is the `part` of
+    that number of a three-dimensional one. It is None where it is not a plain floating-point tensor (a quantized layer),
     and on the meta device where it is offloaded: such a map can carry a side branch but cannot be written to.
     `transposed` says that the weight is stored as ``[d_in, d_out]`` (GPT-2's ``Conv1D``) instead of ``[d_out, d_in]``.
-    An expert's weight is the `part` of that number of the three-dimensional parameter `fused`.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
     lookups: tuple[nn.Embedding, ...]
-    weight: Tensor | None
+    parameter: Tensor | None
     transposed: bool
     d_in: int
     d_out: int
-    fused: nn.Parameter | None = None
     part: int = 0
 
     @property
-    def parameter(self) -> Tensor | None:
-        """The model's parameter that `weight` is, or lies in."""
-        return self.weight if self.fused is None else self.fused
+    def fused(self) -> Tensor | None:
+        """The parameter that an expert shares with others; None for every other map."""
+        return self.parameter if isinstance(self.module, Expert) else None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Where W lies, to be read and written; None if it cannot be."""
+        if self.fused is None:
+            return self.parameter
+        return None if is_sharded(self.fused) else self.fused.detach()[self.part]  # anew, as the model may have moved
 
     @property
     def device(self) -> torch.device:
@@ -126,9 +132,8 @@ def find_linear_maps(
         maps.append(_linear_map(name, modules, lookups))
     for name, expert in find_experts(model) if experts else ():
         if _is_plain(expert.fused) and expert.fused.requires_grad and selected(name, include, exclude):
-            weight = None if is_sharded(expert.fused) else expert.fused.detach()[expert.index]
             shape = (expert.d_in, expert.d_out)
-            maps.append(LinearMap(name, (expert,), (), weight, expert.transposed, *shape, expert.fused, expert.index))
+            maps.append(LinearMap(name, (expert,), (), expert.fused, expert.transposed, *shape, expert.index))
     if not maps:
         kinds = Counter(type(m).__name__ for m in names if not any(True for _ in m.children()))
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "no module at all"
