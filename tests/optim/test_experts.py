@@ -195,6 +195,23 @@ def test_an_error_in_the_forward_closes_what_was_open(way: str) -> None:
     assert torch.equal(logits(model), expected)
 
 
+def test_a_forward_that_was_interrupted_leaves_nothing_to_the_next() -> None:
+    """Once the experts' side branches were added twice after Ctrl-C: torch calls no hook then, which would close."""
+    model = model_of("Mixtral", "batched_mm")
+    optimizer = ZOAct(model, lr=0.1, include=["*.experts.*"])
+    optimizer.step(closure_of(model, token_batch()))
+    learned = logits(model)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = optimizer.maps[-1].modules[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model)
+    handle.remove()
+    assert torch.equal(logits(model), learned) and model.config._experts_implementation == "batched_mm"
+
+
 class Gathering(nn.Module):
     """Experts that copy their matrices, in a way of their own."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -243,6 +244,21 @@ def test_originals_are_put_back_when_the_forward_raises(name: str) -> None:
         model(wrong)
     assert changed(model, before) == set()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["linear", "tied head", "nested"])
+def test_originals_are_put_back_when_the_forward_is_interrupted(name: str) -> None:
+    """Once Ctrl-C left the module that was running its moved weights: torch calls no hook then."""
+    model = MODELS[name][0]()
+    before = snapshot(model)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), lent(model, other_parameters(model, []), SCALE, (7,)):
+        [*model.modules()][-1].register_forward_pre_hook(interrupt)  # after the loan's own
+        model(MODELS[name][1])
+    assert changed(model, before) == set()
 
 
 def test_side_branches_are_detached_when_the_forward_raises() -> None:

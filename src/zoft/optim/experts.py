@@ -82,6 +82,8 @@ def _take_apart(module: nn.Module, groups: Groups) -> None:
     opened: list[ExitStack] = []
 
     def enter(*_: Any) -> None:
+        if opened:  # Ctrl-C interrupted the last call, and torch ran no hook after it
+            leave()
         opened.append(ExitStack())
         if any(expert.watched for group in groups.values() for expert in group):
             opened[-1].enter_context(_one_by_one(module))

@@ -228,7 +228,8 @@ def lent(model: nn.Module, parameters: dict[str, nn.Parameter], scale: float, ke
     with ExitStack() as handles:
         for module, places in owners_of(model, parameters):
             loan = _Loan(places, scale, key, used, lent_out)
-            # The hook that puts back runs even when the forward raises.
+            # The hook that puts back runs even when the forward raises, but not when Ctrl-C interrupts it.
+            handles.callback(loan.end)
             handles.callback(module.register_forward_hook(loan.give_back, always_call=True).remove)
             handles.callback(module.register_forward_pre_hook(loan.take).remove)
         yield used
@@ -256,6 +257,10 @@ class _Loan:
         for name, (parameter, original) in self.originals.pop().items():
             parameter.data = original
             self.lent.remove(name)
+
+    def end(self) -> None:
+        while self.originals:
+            self.give_back()
 
 
 def shifted(tensor: Tensor, scale: float, key: Key) -> Tensor:
