@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import count, pairwise
 from typing import Any
 
@@ -211,6 +212,22 @@ def test_torch_schedulers_set_the_step_size(make: Callable[[ZeroOrder], Any], ex
         ratios.append(float(moved / (0.1 * abs(g) * drawn)))
         scheduler.step()
     assert ratios == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [MeZO, AGZO])
+def test_autocast_around_steps_is_autocast_in_the_closure(method: Callable[..., ZeroOrder]) -> None:
+    """Once autocast around it all computed with the weights of the first pass, which it remembers in half precision."""
+    batch, found = token_batch(), []
+    for around in (True, False):
+        model = llama()
+        optimizer = method(model, lr=1e-3, eps=0.1)
+        halved, closure = torch.autocast("cpu", torch.bfloat16), closure_of(model, batch)
+        with halved if around else nullcontext():
+            for _ in range(3):
+                found.append(float(optimizer.step(closure if around else halved(closure)) or 0))
+                found += optimizer.projected_gradients
+    assert found[:6] == found[6:]
+    assert len(set(found)) == 6
 
 
 def test_eps_can_be_changed_in_the_parameter_group() -> None:

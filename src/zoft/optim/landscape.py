@@ -170,6 +170,7 @@ class Landscape:
         self._randomness.rewind()
         self.forwards += 1
         self.error = None  # it holds the logits of the pass before
+        torch.clear_autocast_cache()  # it holds the weights of the pass before, if autocast is around all passes
         with uncompiled():
             loss = self.closure()
         loss = loss if isinstance(loss, Loss) else Loss(torch.as_tensor(loss))
