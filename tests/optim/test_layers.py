@@ -127,11 +127,15 @@ def test_frozen_layers_are_left_out() -> None:
     assert set(other_parameters(model, find_linear_maps(model))) == {"0.bias", "1.bias"}
 
 
-def test_quantized_layers_are_maps_although_they_require_no_gradient() -> None:
-    model = nn.Sequential(nn.Linear(3, 5))
-    model[0].weight = nn.Parameter(torch.ones(5, 3, dtype=torch.int8), requires_grad=False)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_layers_are_maps_although_they_require_no_gradient(dtype: torch.dtype) -> None:
+    """Once numbers of 8 bits were taken for weights to be read and written, without their scale."""
+    model = nn.Sequential(nn.Linear(3, 5, bias=False))
+    model[0].weight = nn.Parameter(torch.ones(5, 3).to(dtype), requires_grad=False)
     (found,) = find_linear_maps(model)
-    assert (found.d_in, found.d_out, found.weight) == (3, 5, None)
+    assert (found.d_in, found.d_out, found.weight, found.dense_weight()) == (3, 5, None, None)
+    model[0].weight.requires_grad_(dtype.is_floating_point)
+    assert not other_parameters(model, [])
 
 
 def test_a_module_used_twice_is_one_map() -> None:

@@ -257,7 +257,7 @@ def _maps_rows(module: nn.Linear) -> bool:
     """False for those with a forward of their own that returns something else: routers, layers in groups."""
     weight = module.weight
     usual = type(module).forward in (nn.Linear.forward, WideLinear.forward)
-    if usual or not _is_plain(weight) or weight.is_meta or is_sharded(weight) or weight.itemsize == 1:
+    if usual or not _is_plain(weight) or weight.is_meta or is_sharded(weight):
         return True
     try:  # a copy, as it may keep something of what it sees
         y = type(module).forward(copy.copy(module), weight.new_zeros(1, 1, module.in_features))
@@ -272,7 +272,7 @@ def _is_lookup(module: nn.Module) -> bool:
 
 def _is_plain(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
     if type(weight) is nn.Parameter or (is_sharded(weight) and isinstance(weight, nn.Parameter)):
-        return weight.is_floating_point()
+        return weight.is_floating_point() and weight.itemsize > 1  # numbers of 8 bits come with scales
     return False
 
 
