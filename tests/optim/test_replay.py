@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoft.optim import LOZO, SGD, MeZO, Probes, RandomLowRank, Trace, ZeroOrder, ZOAct, replay
+from zoft.optim import LOZO, SGD, Maintained, MeZO, Probes, RandomLowRank, Trace, ZeroOrder, ZOAct, replay
 
 from .models import changed, gpt2, llama, mlp, snapshot, token_batch
 from .table import METHODS
@@ -21,6 +21,9 @@ FROM_NOISE: dict[str, Callable[..., ZeroOrder]] = {
     "LOZO per example": partial(LOZO, per_example=True, probes=2),
     "leave one out": partial(
         ZeroOrder, subspace=RandomLowRank(2, 3), estimator=Probes(3, leave_one_out=True), update=SGD(0.5)
+    ),
+    "maintained": partial(  # once replayed along all columns of the basis, not those that a probe uses
+        ZeroOrder, subspace=Maintained(4, renew_every=None, active=2, shared=1), estimator=Probes(2)
     ),
     "ZO-Act": partial(ZOAct, rank=2, weight_decay=0.1),
     "ZO-Act SGD": partial(ZOAct, adam=False, two_sided=True, probes=2),

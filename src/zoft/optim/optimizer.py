@@ -20,6 +20,7 @@ from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.landscape import Closure, Landscape, uncompiled
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
 from zoft.optim.leading import LeadingBlocks, blocks_before
+from zoft.optim.noise import Key
 from zoft.optim.pace import Pace
 from zoft.optim.pending import Pending
 from zoft.optim.placement import take_over
@@ -170,6 +171,11 @@ class ZeroOrder(torch.optim.Optimizer):
         """The basis A, float32 [d_in, r], of each linear map by name."""
         return self.branches.bases
 
+    @property
+    def confine(self) -> Callable[[Tensor, Key], Tensor] | None:
+        """What restricts a probe's left factor to the columns that it uses; None if it uses all."""
+        return self.subspace.confine if isinstance(self.subspace, Maintained) else None
+
     # --- estimate and step ---------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -196,7 +202,7 @@ class ZeroOrder(torch.optim.Optimizer):
             self._drawn,
             capture,
             self.set_bases,
-            subspace.confine if isinstance(subspace, Maintained) else None,
+            self.confine,
             self.probe_batching,
             self.leading,
             self.ranks,

@@ -58,7 +58,8 @@ def replay(optimizer: ZeroOrder, step: int, lr: float, traces: Sequence[Trace]) 
     for one in traces:
         found = Estimate()
         for gradient, still in zip(one.gradients, one.still, strict=True):
-            direction = Direction((optimizer.seed, step, drawn), len(gradient) if gradient.dim() else None)
+            key, examples = (optimizer.seed, step, drawn), len(gradient) if gradient.dim() else None
+            direction = Direction(key, examples, optimizer.confine)
             for layer in optimizer.branches.active:
                 if layer.name not in still:
                     direction.left(layer, optimizer.bases[layer.name])
