@@ -177,6 +177,13 @@ def test_a_maintained_basis_finds_the_leading_directions_of_a_stream() -> None:
     assert inside(basis.vectors) > 0.99 > inside(first.vectors)
 
 
+def test_inputs_that_are_all_zero_leave_a_maintained_basis_as_it_is() -> None:
+    """Once one batch on which a layer saw nothing but zeros made its basis not a number, for ever."""
+    first = orthonormal(6, 3, 0)
+    basis = Maintained(rank=3, active=2, shared=1).extract(torch.zeros(8, 6), (0,), first)
+    torch.testing.assert_close(basis.vectors @ basis.vectors.t(), first @ first.t())
+
+
 def test_a_probe_uses_its_part_of_the_columns() -> None:
     subspace = Maintained(rank=10, active=4, shared=1)
     used = []

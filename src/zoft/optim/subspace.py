@@ -133,7 +133,8 @@ class Maintained(Activation):
         pulled = (ranks or Ranks()).total(covariance_product(rows, previous))
         energy = pulled.norm(dim=0)
         order = energy.argsort(descending=True)
-        vectors, _ = torch.linalg.qr((previous + self.rate * pulled / energy.max())[:, order])
+        largest = energy.max().clamp(min=torch.finfo(energy.dtype).tiny)  # above 0, though all inputs may be zeros
+        vectors, _ = torch.linalg.qr((previous + self.rate * pulled / largest)[:, order])
         return Basis(vectors, energy[order].sqrt())
 
     def confine(self, left: Tensor, key: Key) -> Tensor:
