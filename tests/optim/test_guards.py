@@ -51,6 +51,27 @@ def test_a_method_learns_on_after_a_first_loss_that_is_not_finite(method: str) -
     assert (optimizer.counters.skipped, optimizer.counters.zero) == (1, 0)
 
 
+def twice() -> nn.Sequential:
+    layer = nn.Linear(10, 10)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+@pytest.mark.parametrize("make, options", [(mlp, {"power_steps": None}), (twice, {})], ids=["exact", "called twice"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_activations_that_are_not_finite_are_skipped(
+    make: Callable[[], nn.Module], options: dict[str, Any], bad: float
+) -> None:
+    """Once the decomposition that an exact basis takes, and that of a layer called twice, ended in LAPACK's error."""
+    model = make()
+    optimizer = AGZO(model, lr=0.1, **options)
+    optimizer.step(loss_of(model))
+    bases, before = dict(optimizer.bases), snapshot(model)
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step(lambda: model(X * bad).square().mean())
+    assert changed(model, before) == set() and optimizer.counters.skipped == 1
+    assert all(torch.equal(optimizer.bases[name], basis) for name, basis in bases.items())
+
+
 def test_one_bad_probe_of_several_is_left_out() -> None:
     model, calls = mlp(), iter([1.0, math.nan, 2.0])  # the centre, then two probes
     optimizer = AGZO(model, lr=0.1, eps=1.0, probes=2)

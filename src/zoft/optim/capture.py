@@ -47,7 +47,7 @@ def leading_basis(
     if len(rows) <= ROWS:
         rows = rows.float()  # once for all products
     if power_steps is None:
-        _, sigma, vectors = torch.linalg.svd(rows.float(), full_matrices=False)
+        _, sigma, vectors = _svd(rows.float())
         return Basis(vectors[:rank].t().contiguous(), sigma[:rank])
     parts = zip(rows.split(ROWS), omega[:, :rank].split(ROWS), strict=True)
     product = _sum(part.float().t() @ noise for part, noise in parts)
@@ -71,8 +71,15 @@ def merge(first: Basis, second: Basis) -> Basis:
     """Leading directions of two sets of activations together, from the bases of each (as if stacked)."""
     rank = max(first.vectors.shape[1], second.vectors.shape[1])
     weighted = torch.cat((first.vectors * first.sigma, second.vectors * second.sigma), dim=1)
-    u, sigma, _ = torch.linalg.svd(weighted, full_matrices=False)
+    u, sigma, _ = _svd(weighted)
     return Basis(u[:, :rank].contiguous(), sigma[:rank])
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin singular value decomposition; not a number where `matrix` is not finite, which LAPACK refuses."""
+    finite = matrix.isfinite().all()
+    u, sigma, vh = torch.linalg.svd(matrix.nan_to_num(0.0, 0.0, 0.0), full_matrices=False)
+    return u.where(finite, torch.nan), sigma.where(finite, torch.nan), vh.where(finite, torch.nan)
 
 
 class OfLastInput(Generic[T]):
