@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from zoft.optim.layers import LinearMap, NoLinearLayers, find_linear_maps, other_parameters
@@ -150,6 +151,15 @@ def test_two_modules_that_share_a_weight_are_one_map() -> None:
     (found,) = find_linear_maps(model)
     assert found.modules == (model[0], model[1])
     assert found.weight is model[0].weight
+
+
+def test_layers_whose_weight_is_computed_are_maps_of_their_own() -> None:
+    """Once they were taken for tied ones: each weight had the id of the one before, which was gone."""
+    model = nn.Sequential(*(weight_norm(nn.Linear(4 + i, 5 + i)) for i in range(6)))
+    maps = find_linear_maps(model)
+    assert [(m.name, m.modules, m.d_in, m.weight) for m in maps] == [
+        (str(i), (layer,), 4 + i, None) for i, layer in enumerate(model)
+    ]
 
 
 def test_a_tied_embedding_is_a_map_only_on_request() -> None:

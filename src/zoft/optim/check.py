@@ -50,7 +50,7 @@ def writable(model: nn.Module, maps: Sequence[LinearMap], dense: dict[str, nn.Pa
     for kind, names in (
         ("an offloaded", away if is_hooked(model) else []),
         ("a sharded", [layer.name for layer in maps if is_sharded(layer.fused)]),
-        ("a quantized", [layer.name for layer in maps if layer.weight is None]),
+        ("a computed or quantized", [layer.name for layer in maps if layer.weight is None]),
     ):
         if names:
             raise ValueError(

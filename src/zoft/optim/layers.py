@@ -29,7 +29,7 @@ class LinearMap:
 
     `modules` apply it to activations; `lookups` are embeddings that share its weight (or are the map
     themselves) and read its rows. `parameter` is the model's that `weight` is, or lies in: an expert's is the `part` of
-    that number of a three-dimensional one. It is None where it is not a plain floating-point tensor (a quantized layer),
+    that number of a three-dimensional one. It is None where that is no plain floating-point tensor (a quantized layer),
     and on the meta device where it is offloaded: such a map can carry a side branch but cannot be written to.
     `transposed` says that the weight is stored as ``[d_in, d_out]`` (GPT-2's ``Conv1D``) instead of ``[d_out, d_in]``.
     """
@@ -114,8 +114,8 @@ def find_linear_maps(
     owners: dict[int, list[nn.Module]] = defaultdict(list)
     for module in names:
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor):
-            weight = module  # packed under names of its own
+        if not isinstance(weight, nn.Parameter):
+            weight = module  # packed under names of its own, or computed anew (torch.nn.utils.parametrize)
         if _is_linear(module, names[module], linear) or _is_lookup(module):
             owners[id(weight)].append(module)
 
