@@ -173,6 +173,32 @@ def test_where_rows_are_not_by_example_the_probe_is_shared() -> None:
     assert float(deviations.square().mean()) < 2.5
 
 
+class Pooled(nn.Module):
+    """A layer that is called with the mean over each sequence, whose length tells whether it is by example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.mean(1))
+
+
+def test_a_batch_is_probed_by_example_whatever_those_before_were() -> None:
+    """Once one batch for which the probe was shared made it so for all later ones, whose estimates were wrong."""
+    torch.manual_seed(0)
+    model, found = Pooled(), []
+    for first in (3, 1):
+        optimizer = AGZO(model, per_example=True)
+        optimizer.set_bases({"head": normal((0, "basis"), (6, 2))})
+        for length in (first, 1):
+            x = normal((length, "x"), (8, length, 6))
+            optimizer.renewed_at = optimizer.counters.steps  # the same basis throughout
+            factors = factors_of(optimizer, lambda x=x: model(x).square().mean(1))
+        found.append(factors["head"])
+    assert torch.equal(*found)
+
+
 def test_a_mixture_of_experts_runs() -> None:
     model: PreTrainedModel = build(MixtralConfig(**GROUPED, num_local_experts=2))
     batch = token_batch()

@@ -208,6 +208,7 @@ class ZeroOrder(torch.optim.Optimizer):
             self.ranks,
         )
         found = Estimate()
+        self.branches.shared.clear()  # another batch may lie in another way
         with self.leading.one_batch():
             self.loss, gradients = self.estimator(landscape, found)
         self.counters.forwards += landscape.forwards
