@@ -71,6 +71,13 @@ def test_a_mask_without_padding_changes_nothing() -> None:
     assert_same_spans(bases_of(model, input_ids=ids), bases_of(model, input_ids=ids, attention_mask=torch.ones(8, 10)))
 
 
+def test_a_mask_that_is_given_first_is_not_taken_for_the_inputs() -> None:
+    """Once one of floating-point numbers was, as rows of features, and padding entered."""
+    model, batch = llama(), token_batch()
+    ids, mask = batch["input_ids"], batch["attention_mask"].float()
+    assert_same_spans(bases_of(model, attention_mask=mask, input_ids=ids), bases_of(model, **batch))
+
+
 def test_the_mask_of_one_forward_is_forgotten_in_the_next() -> None:
     model, batch = llama(), token_batch()
     with torch.no_grad(), captured(model, find_linear_maps(model), recorder := Recorder()):

@@ -119,7 +119,8 @@ class Tokens:
     def see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         mask, keep = kwargs.get("attention_mask"), kwargs.get("logits_to_keep")
         self._shape = self._tokens = self._read = None
-        inputs = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() >= 2), None)
+        given = (v for v in (*args, *kwargs.values()) if v is not mask)
+        inputs = next((v for v in given if isinstance(v, Tensor) and v.dim() >= 2), None)
         if inputs is None:
             return
         features = inputs.is_floating_point() and inputs.dim() == 2

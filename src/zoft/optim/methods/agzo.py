@@ -23,8 +23,8 @@ class AGZO(ZeroOrder):
 
     Departures: parameters that are no linear layer stay frozen unless ``others="gaussian"``, where the paper perturbs
     them with dense noise; see docs/results.md.
-    The default eps suits bfloat16 losses; the paper's 1e-7 drowns in rounding. As for every method, padding never
-    enters the activations, and half-precision weights are written with stochastic rounding.
+    The default eps suits bfloat16 losses; the paper's 1e-7 drowns in rounding. As for every method, the
+    activations of padding are left out, and half-precision weights are written with stochastic rounding.
     """
 
     paper = "arXiv 2601.17261"
