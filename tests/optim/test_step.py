@@ -1,16 +1,17 @@
 """The optimizer's contract: estimate and step, accumulation, schedulers, counts and seeds."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import count, pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from zoft.optim import AGZO, LOZO, Loss, MeZO, ZeroOrder, ZOAct, cross_entropy
+from zoft.optim import AGZO, LOZO, Guided, Loss, MeZO, ZeroOrder, ZOAct, cross_entropy
 from zoft.optim.noise import normal
 
 from .models import closure_of, llama, mlp, snapshot, token_batch
@@ -104,6 +105,37 @@ def test_two_estimates_are_averaged_and_have_directions_of_their_own(method: str
         expected = -0.1 * both[m.name] / 2 @ optimizer.bases[m.name].t()
         name = f"{m.name}.weight"
         torch.testing.assert_close(moved[name] - before[name], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_seed_may_be_one_of_numpy() -> None:
+    """Once it drew other noise than the number that it is."""
+    found = []
+    for seed in (7, np.int64(7)):
+        problem = classifier()
+        optimizer = AGZO(problem.model, seed=seed)
+        optimizer.estimate(problem.closure)
+        found.append(optimizer.projected_gradients)
+    assert found[0] == found[1]
+
+
+@pytest.fixture
+def half_by_default() -> Iterator[None]:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(usual)
+
+
+@pytest.mark.parametrize("method", [ZOAct, Guided])
+@pytest.mark.usefixtures("half_by_default")
+def test_the_state_is_in_float32_whatever_torch_s_default(method: Callable[..., ZeroOrder]) -> None:
+    """Once Adam's count of steps took the default, of which bfloat16 can count 256, and so did coefficients."""
+    model = llama().to(torch.bfloat16)
+    optimizer = method(model)
+    for _ in range(2):
+        optimizer.step(closure_of(model, token_batch()))
+    state = [*optimizer.coefficients.values(), *(value for own in optimizer.updates.values() for value in own.values())]
+    assert {tensor.dtype for tensor in state} == {torch.float32}
 
 
 def test_the_same_batch_twice_is_two_probes() -> None:

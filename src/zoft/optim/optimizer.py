@@ -97,7 +97,7 @@ class ZeroOrder(torch.optim.Optimizer):
         linear: Sequence[str] = (),
     ) -> None:
         self.subspace, self.estimator, self.update = subspace, estimator or Probes(), update or SGD()
-        self.model, self.others, self.seed, self.pace = model, others, seed, Pace(clip, normalise)
+        self.model, self.others, self.seed, self.pace = model, others, int(seed), Pace(clip, normalise)
         self.ranks = Ranks(parallel)
         self.probe_batching, self.fold_every, self.pending = probe_batching, fold_every, Pending()
         check.numbers(lr, eps, weight_decay)
@@ -328,7 +328,7 @@ class ZeroOrder(torch.optim.Optimizer):
         if self.keeps_coefficients:
             for m in self.branches.active:
                 rank = bases[m.name].shape[1]
-                self.coefficients.setdefault(m.name, torch.zeros(m.d_out, rank, device=bases[m.name].device))
+                self.coefficients.setdefault(m.name, bases[m.name].new_zeros(m.d_out, rank))
 
     # --- checkpoints ---------------------------------------------------------------------------------------
 

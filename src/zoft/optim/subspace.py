@@ -92,7 +92,7 @@ class Activation:
         ranks = ranks or Ranks()
         start, count = ranks.place(len(rows))
         if ranks.parts > 1 and self.power_steps is None:  # the exact decomposition needs them in one place
-            whole = torch.zeros(count, rows.shape[1], device=rows.device)
+            whole = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
             whole[start : start + len(rows)] = rows
             return leading_basis(ranks.total(whole), whole[:, : min(self.rank, count)], None)
         omega = _test_matrix(key, start, len(rows), min(self.rank, count), rows.device)

@@ -75,7 +75,7 @@ class Adam:
         for estimate, state in zip(estimates, states, strict=True):
             if not state:
                 state["mean"], state["square"] = torch.zeros_like(estimate), torch.zeros_like(estimate)
-                state["steps"] = torch.zeros(())  # on the CPU: reading it waits for no device
+                state["steps"] = torch.zeros((), dtype=torch.float32)  # on the CPU: reading it waits for no device
         first, second = self.betas
         means, squares = ([state[name] for state in states] for name in ("mean", "square"))
         steps = [int(state["steps"].add_(1)) for state in states]
