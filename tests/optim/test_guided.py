@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from zoft.optim import Guided, Loss, NoStream
+from zoft.optim import Full, Guided, Loss, NoStream, ZeroOrder
+from zoft.optim.guided import Guided as GuidedEstimator
 
 from .guidance import (
     BUILDERS,
@@ -190,6 +191,14 @@ def test_it_says_so_if_it_reaches_nothing() -> None:
     model, batch = llama(), token_batch()
     with pytest.raises(NoStream, match=r"none of the layers to be trained, such as 'model.layers.0.self_attn.q_proj'"):
         Guided(model, include=("*.q_proj",)).estimate(closure_of(model, batch))
+
+
+def test_dense_directions_are_refused() -> None:
+    """Once a Full() subspace ended in StopIteration, and other parameters were said to move and stayed."""
+    with pytest.raises(ValueError, match="no Full"):
+        ZeroOrder(llama(), lr=1e-3, subspace=Full(), estimator=GuidedEstimator())
+    with pytest.raises(ValueError, match="others='frozen'"):
+        Guided(llama(), into="weights", others="gaussian")
 
 
 def test_nothing_is_differentiated() -> None:

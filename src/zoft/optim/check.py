@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zoft.optim.estimator import Estimator, Probes
+from zoft.optim.guided import Guided
 from zoft.optim.layers import LinearMap
 from zoft.optim.placement import is_hooked, is_sharded
 from zoft.optim.ranks import Ranks
@@ -112,5 +113,8 @@ def probing(
         raise ValueError(f"probe_batching must be True or False, not {batching!r} (which zoft train settles)")
     if (clip is not None or normalise or batching) and not isinstance(estimator, Probes):
         raise ValueError("clip, normalise and probe_batching are for probes, of which this estimator has none")
-    if batching and (isinstance(subspace, Full) or others == "gaussian"):
+    dense = isinstance(subspace, Full) or others == "gaussian"
+    if dense and isinstance(estimator, Guided):
+        raise ValueError("guided moves linear layers within a basis alone: no Full() subspace, and others='frozen'")
+    if batching and dense:
         raise ValueError("probe_batching takes low-rank directions: leave the other parameters frozen")
