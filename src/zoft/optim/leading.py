@@ -6,7 +6,7 @@ Where only later layers are trained (``include``), what a probe costs is the blo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, takewhile
 from typing import Any
@@ -43,7 +43,7 @@ class LeadingBlocks:
 
     Within `one_batch`, passes made within `one_pass` compute it once for equal arguments. Nothing is taken from an
     earlier call if an argument could carry more than its value (a cache of keys), if a block is in train mode (its
-    dropout), or if two passes at the same point have shown (`prove`) that the model's loss is then another one: it
+    dropout), or unless two passes at the same point have shown (`prove`) that the model's loss stays what it is: it
     may do more between blocks than hand on what they return.
     """
 
@@ -68,18 +68,30 @@ class LeadingBlocks:
             self._given, self._output = None, None
 
     def prove(self, losses: Callable[[], Tensor]) -> None:
-        """See by two passes of `losses` whether they stay equal, and something is saved."""
-        with self.one_pass():
+        """See by two passes of `losses` whether they stay equal, and something is saved.
+
+        It stays unknown while a block is in train mode, or the losses are not finite.
+        """
+        if self._training:
+            return
+        with self._reusing():
             first = losses()
-        with self.one_pass():
+        if not bool(first.isfinite().all()):
+            self._calls.clear()
+            return
+        with self._reusing():
             self.sound = torch.equal(losses(), first) and bool(self._calls)
 
+    def one_pass(self) -> AbstractContextManager[None]:
+        """While open, for one pass of the closure, the blocks return what is known for their arguments, if sound."""
+        return self._reusing() if self.sound and not self._training else nullcontext()
+
+    @property
+    def _training(self) -> bool:
+        return any(module.training for block in self.blocks for module in block.modules())
+
     @contextmanager
-    def one_pass(self) -> Iterator[None]:
-        """While open, for one pass of the closure, the blocks return what is known for their arguments."""
-        if self.sound is False or any(module.training for block in self.blocks for module in block.modules()):
-            yield
-            return
+    def _reusing(self) -> Iterator[None]:
         self._number, self._given, self._output = -1, None, None
         with ExitStack() as stack:
             for place, block in enumerate(self.blocks):
