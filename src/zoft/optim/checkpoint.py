@@ -38,7 +38,9 @@ def unpack(optimizer: ZeroOrder, packed: dict[str, Any]) -> None:
     Raises:
         ValueError: it is of another model, or of a method of another kind.
     """
-    if packed.get("made_for") != _made_for(optimizer):
+    made_for = _made_for(optimizer)
+    unnamed = {name: value for name, value in made_for.items() if name != "update"}  # as states of before have it
+    if packed.get("made_for") not in (made_for, unnamed):
         raise ValueError(
             "this optimizer state is of another model or method: it trains other layers, or in another way"
         )
@@ -62,7 +64,7 @@ def unpack(optimizer: ZeroOrder, packed: dict[str, Any]) -> None:
 def _made_for(optimizer: ZeroOrder) -> dict[str, Any]:
     shapes = {m.name: [m.d_out, m.d_in] for m in optimizer.maps}
     shapes |= {name: list(p.shape) for name, p in optimizer.dense.items()}
-    return {"into": optimizer.update.into, "shapes": shapes}
+    return {"update": type(optimizer.update).__name__, "into": optimizer.update.into, "shapes": shapes}
 
 
 def _moved(tensors: dict[str, Tensor], devices: dict[str, torch.device]) -> dict[str, Tensor]:
