@@ -196,6 +196,18 @@ def test_a_probe_uses_its_part_of_the_columns() -> None:
     assert torch.stack(used).any(0).all()
 
 
+def test_of_columns_with_equal_numbers_a_probe_uses_the_first() -> None:
+    """Once it depended on the sorting, which may differ from device to device."""
+    subspace, ties = Maintained(rank=256, active=128, shared=0), 0
+    for probe in range(500):
+        values = normal((0, probe, "columns"), (256,)).tolist()
+        order = sorted(range(256), key=values.__getitem__)
+        ties += values[order[127]] == values[order[128]]
+        used = subspace.confine(torch.ones(1, 256), (0, probe)).squeeze(0).nonzero().squeeze(1)
+        assert used.tolist() == sorted(order[:128])
+    assert ties == 9
+
+
 def test_the_basis_carries_over_from_step_to_step() -> None:
     problem = classifier()
     optimizer = AIMZO(problem.model, lr=0.0, rank=4, active=2, shared=1, rate=1e-6)

@@ -141,7 +141,8 @@ class Maintained(Activation):
         """The random left factor [..., d_out, r] on the columns that probe `key` uses."""
         rank, active = left.shape[-1], min(self.active, left.shape[-1])
         shared = min(self.shared, active)
-        drawn = normal((*key, "columns"), (rank - shared,), device=left.device).argsort()[: active - shared] + shared
+        values = normal((*key, "columns"), (rank - shared,), device=left.device)  # some are equal
+        drawn = values.argsort(stable=True)[: active - shared] + shared
         kept = torch.zeros_like(left)
         kept[..., :shared] = left[..., :shared]
         kept[..., drawn] = left[..., drawn]
