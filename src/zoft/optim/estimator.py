@@ -80,8 +80,9 @@ class Probes:
     ``g = (f(+eps) - f(-eps)) / (2 eps)``, 2 count forwards (one more when a basis must be renewed from a clean
     pass), bias quadratic in eps. The estimate of one direction D is ``g D``, its low-rank part divided by `scale`.
 
-    With `per_example`, every example of the batch is probed along a direction of its own, in the same forwards: the
-    estimate is the mean of ``g_i D_i`` over the examples i with their own loss differences g_i, as unbiased as before.
+    With `per_example`, every example of the batch is probed along a direction of its own, in the same forwards (and one
+    at the centre, also of two-sided and leave-one-out probes, which shows how many examples there are): the estimate
+    is the mean of ``g_i D_i`` over the examples i with their own loss differences g_i, as unbiased as before.
     Its variance is ``mean |G_i|^2 / (B |mean G|^2)`` of a shared direction's, G_i the B examples' gradients on the
     subspace: down to 1 / B while they agree, but above 1 where they mostly cancel. It needs one loss per example
     from the closure.

@@ -52,7 +52,8 @@ class ZeroOrder(torch.optim.Optimizer):
         subspace, estimator, update: the axes.
         others: ``"frozen"``, or ``"gaussian"`` to perturb with dense noise whatever has no basis (norms, biases,
             embeddings), as AGZO's paper does. `Full` perturbs every parameter anyway.
-        weight_decay: decoupled, on written weights (and on coefficients, where those are trained).
+        weight_decay: decoupled, on written weights but those of one dimension, norms and biases (and on coefficients,
+            where those are trained).
         fold_every: steps whose updates of weights with a basis are summed in float32 beside them, as side branches, and
             then written together, which rounds half-precision weights less often. In between the model computes with
             both; `state_dict` of the model or of the optimizer writes first, and so does `fold`, for whatever reads the
@@ -266,7 +267,8 @@ class ZeroOrder(torch.optim.Optimizer):
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """Estimate, if a `closure` is given, and move along the mean of the estimates since the last step.
 
-        Returns the loss that the closure gave at the centre (two-sided probes: the mean over both sides).
+        Returns the loss that the closure gave at the centre. Of two-sided probes and of leave-one-out, which make no
+        pass there unless a basis is due or examples have directions of their own, it is the mean over all probes.
 
         Raises:
             RuntimeError: there is neither a closure nor an estimate.

@@ -61,6 +61,8 @@ class RandomLowRank:
 class Activation:
     """Leading directions of the layer's input activations, orthonormal, from a clean forward pass (AGZO).
 
+    There are `rank` of them, or as many as the layer has inputs or the batch that makes the basis has tokens, if those
+    are fewer.
     `renew_every` is a number of steps, or None for once (ZO-Act). `power_steps` is K of the power iteration, or
     None for the exact singular value decomposition. With `read_only`, activations count only at the positions whose
     logits the loss reads (`zoft.optim.capture.Tokens`).
@@ -110,6 +112,7 @@ class Maintained(Activation):
     Oja's rule on every clean pass, ``A <- qr(A + rate H H^T A / lambda)``, with lambda the largest eigenvalue seen of
     ``H H^T``, columns in the order of their energy. A probe moves along `active` of the `rank` columns: the first
     `shared`, and others drawn for it; its R [d_out, rank] is zero elsewhere, and scaled to the norm sqrt(active d_out).
+    The rank stays that of the first basis: a first batch of fewer tokens than `rank` gives no more for good.
     """
 
     rank: int = 128
