@@ -158,6 +158,17 @@ def test_under_autocast_it_is_the_same_but_for_rounding(name: str) -> None:
     assert bool(dtypes) == (name != "openai-gpt")  # which computes attention itself
 
 
+@pytest.mark.parametrize("attention", [True, False])
+def test_autocast_around_the_estimate_leaves_its_factors_in_float32(attention: bool) -> None:
+    """Once they were rounded to bfloat16, and Adam's moments with them."""
+    model = llama()
+    closure, optimizer = closure_of(model, token_batch()), Guided(model, rank=8, attention=attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.estimate(closure)
+        estimate = optimizer.take_estimate()
+    assert estimate is not None and {factor.dtype for factor in estimate.factors.values()} == {torch.float32}
+
+
 def test_only_what_the_loss_reads_is_read() -> None:
     """With the final logits only, and padding on the left, the estimate is that of all logits."""
     batch = token_batch()

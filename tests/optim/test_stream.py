@@ -1,6 +1,7 @@
 """The residual stream is found, and what is known of it in closed form is autograd's."""
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -123,6 +124,35 @@ def test_a_model_without_a_stream_says_what_is_missing() -> None:
     model, x = mlp(), torch.randn(6, 10)
     with pytest.raises(NoStream, match="norm"):
         find_stream(model, lambda: model(x))
+
+
+def test_blocks_that_run_more_than_once_are_refused() -> None:
+    """What is kept of a block is that of one run: once the estimate was half of what it should have been."""
+
+    class Twice(nn.ModuleList):
+        def __iter__(self) -> Iterator[nn.Module]:
+            return iter([*self._modules.values()] * 2)
+
+        def __getitem__(self, index: Any) -> Any:
+            return self if isinstance(index, slice) else super().__getitem__(index)
+
+    model = llama()
+    model.model.layers = Twice(model.model.layers)
+    with torch.no_grad(), pytest.raises(NoStream, match="LlamaForCausalLM runs some of its blocks more than once"):
+        find_stream(model, lambda: model(**token_batch(), use_cache=False))
+
+
+@pytest.mark.parametrize("fails", [ValueError("b, t, d"), AttributeError("shape"), RuntimeError("conv"), None])
+def test_a_module_that_takes_no_rows_is_no_norm(fails: Exception | None) -> None:
+    """Whatever it raises, and if it returns a tuple, as recurrent ones do: once that ended the search."""
+
+    class Mixer(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            if fails is not None:
+                raise fails
+            return x, None
+
+    assert Norm.of(Mixer(), torch.randn(3, 8)) is None
 
 
 def test_a_block_that_normalises_a_sum_of_who_knows_what_ends_the_stream() -> None:

@@ -55,7 +55,7 @@ class Block:
     @property
     def device(self) -> torch.device:
         """Where it is computed."""
-        return device_of(*(module for writer in self.writers for module in writer.map.modules))
+        return device_of(*(module for writer in self.writers for module in writer.map.modules), self.module)
 
 
 def block_of(call: Call, seen: Recording, maps: dict[str, LinearMap], last: nn.Module) -> Block | None:

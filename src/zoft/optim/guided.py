@@ -40,6 +40,7 @@ from zoft.optim.estimator import Estimate
 from zoft.optim.kept import Kept, called, coordinates, keeping
 from zoft.optim.landscape import Divisible, Landscape
 from zoft.optim.loss import Differentiated
+from zoft.optim.placement import unrounded
 from zoft.optim.stream import Head, NoStream, Stream, find_stream
 from zoft.optim.way_back import WayBack
 
@@ -154,14 +155,15 @@ class Guided:
         if landscape.error is None:
             raise TypeError("the guided estimate needs the loss's slope, which the closure gave before")
         way = WayBack(landscape, estimate, kept, calls, self.feed_forward, through_attention)
-        error = way.to_end(stream, self._head, landscape.error())
-        landscape.error = None  # the logits are no longer needed
+        with unrounded(stream.norm.gain.device):
+            error = way.to_end(stream, self._head, landscape.error())
+            landscape.error = None  # the logits are no longer needed
+            if not self.two_pass:
+                way.through(stream, error)
+                landscape.forwards += int(through_attention)  # every block ran once more
         if self.two_pass:
             with _taken(landscape, estimate, stream, error):
                 landscape.forward()
-        else:
-            way.through(stream, error)
-            landscape.forwards += int(through_attention)  # every block ran once more
         estimate.factors = ranks.average(estimate.factors, landscape.losses.numel())
         return loss, []
 

@@ -89,6 +89,8 @@ def find_stream(model: nn.Module, forward: Callable[[], Any]) -> Stream | None:
         stream = call.x
     if not any(block.writers for block in blocks):
         raise NoStream(f"no block of {type(model).__name__} adds the output of a linear map to its input")
+    if len({block.module for block in blocks}) < len(blocks):
+        raise NoStream(f"{type(model).__name__} runs some of its blocks more than once")
     end = next(call.name for call in inner if call.module is norm.module)
     first = next(call.name for call in inner if call.module is blocks[0].module)
     times = seen.names[: seen.names.index(first)].count(end) + 1

@@ -38,9 +38,9 @@ class Norm:
         vectors = torch.stack((torch.zeros_like(signs), signs / signs.square().mean().sqrt(), torch.ones_like(signs)))
         try:
             found = module(vectors.to(like.dtype))
-        except (TypeError, RuntimeError):  # it takes more than rows, or others
+        except Exception:  # whatever it raises, it takes more than rows, or others
             return None
-        if found.shape != vectors.shape:
+        if not isinstance(found, Tensor) or found.shape != vectors.shape:
             return None
         offset, alternating, constant = found.float()
         norm = cls(module, (alternating - offset) / vectors[1], bool((constant - offset).abs().max() < 1e-3))
