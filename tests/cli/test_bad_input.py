@@ -164,6 +164,34 @@ def test_out_holds_a_run(train: Callable[..., Outcome], tmp_path: Path) -> None:
     assert (folder / "config.yaml").read_text() == "kept"
 
 
+@pytest.mark.parametrize("taken", ["model", "checkpoint-500", "report.html"])
+def test_out_holds_what_a_run_would_replace(taken: str, train: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Once the user's own model and checkpoints were deleted, as with ``--out .``."""
+    folder = tmp_path / "run"
+    (folder / taken).mkdir(parents=True)
+    (folder / taken / "precious").write_text("kept")
+    assert_refused(train(), f"holds {taken!r}, which a run would replace")
+    assert [path.name for path in folder.iterdir()] == [taken]
+    assert (folder / taken / "precious").read_text() == "kept"
+
+
+def test_out_holds_other_files(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "my.jsonl").write_text("kept")
+    assert train("--method", "agzo", steps=2).code == 0
+    assert (folder / "my.jsonl").read_text() == "kept" and (folder / "model").is_dir()
+
+
+def test_out_is_empty(
+    zoft: Callable[..., Outcome], model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Once the run was written into the folder that one was in, as where a script's variable is unset."""
+    monkeypatch.chdir(tmp_path)
+    assert_refused(zoft("train", model, "--task", "sst2", "--data", data, "--out", ""), "--out is empty")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_out_under_a_file(train: Callable[..., Outcome], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     assert_refused(train(out=tmp_path / "file" / "run"), "file")

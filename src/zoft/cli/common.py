@@ -37,7 +37,17 @@ Metric = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens of a generated answer. Default: the task's, or 128.")]
-Out = Annotated[Path | None, typer.Option(help="The run folder. Default: a new one in runs/.")]
+
+
+def _folder(name: str) -> Path:
+    if not name:  # which would be the folder one is in
+        raise UserError("--out is empty: name a folder, or leave it out")
+    return Path(name)
+
+
+Out = Annotated[
+    Path | None, typer.Option(parser=_folder, metavar="PATH", help="The run folder. Default: a new one in runs/.")
+]
 Dtype = Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16, or int8, nf4.")]
 ComputeDtype = Annotated[
     str | None,

@@ -25,16 +25,20 @@ from zoft.train.callbacks import Clock, LiveProgress, RunLog, StepLog
 from zoft.train.checkpoints import last_checkpoint
 from zoft.train.config import LOSS, TrainConfig
 from zoft.train.diagnosis import Diagnosis
+from zoft.train.guard import INITIAL
 from zoft.train.identity import identity, model_digest
 from zoft.train.models import find_device, load_model, room
 from zoft.train.offload import kept
 from zoft.train.optimizers import build, to_train
 from zoft.train.processes import one_after_the_first, require_agreed
+from zoft.train.steplog import LOG
 from zoft.train.stop import Stop
 from zoft.train.task_trainer import TaskTrainer
 from zoft.train.watch import Watch
 
 FIRST_ORDER_STEP = 3  # forwards that a forward and a backward cost
+LEFT = ("model", "adapter", INITIAL, "checkpoint-*", "initial.json", "summary.json", "examples.json", "metrics.jsonl")
+LEFT += (LOG, "report.html")  # by a run in its folder, after config.yaml
 TEXTS = 0.5  # share of the tokens learned from which going through attention is worth its time (docs/results.md)
 
 
@@ -80,8 +84,8 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
         raise UserError(f"{config.method} is a reference and runs in one process: start it without torchrun")
     if config.memory is not None and Ranks().count > 1:
         raise UserError("weights are offloaded in one process: leave memory out, or start zoft without torchrun")
-    if not resume and (out / "config.yaml").exists():
-        raise UserError(f"{out} holds a run already: choose another --out, or continue it with --resume {out}")
+    if not resume:
+        _require_free(out)
     training_rows = load_rows(task, config.data, "train")
     rows = split(config, task, training_rows)
     console.print(f"loading {config.model}")
@@ -164,6 +168,15 @@ def split(config: TrainConfig, task: Task, rows: list[Row]) -> dict[str, list[Ro
         "dev": dev,
         "validation": sample(validation, config.eval_examples or len(validation), 0),
     }
+
+
+def _require_free(out: Path) -> None:
+    """Raises UserError if `out` holds a run, or files of the user's own that one would write or delete."""
+    if (out / "config.yaml").exists():
+        raise UserError(f"{out} holds a run already: choose another --out, or continue it with --resume {out}")
+    taken = sorted(path.name for pattern in LEFT for path in out.glob(pattern))
+    if taken:
+        raise UserError(f"{out} is no run, but holds {taken[0]!r}, which a run would replace: choose another --out")
 
 
 def _require_space(config: TrainConfig, model: Any, out: Path) -> None:
