@@ -1,6 +1,6 @@
 import pytest
 
-from zoft.data import load_task, score
+from zoft.data import custom_task, load_task, score, score_each
 from zoft.data.metrics import accuracy, exact_match, f1, matthews, number_match
 
 
@@ -38,6 +38,30 @@ def test_f1(prediction: str, answers: list[str], expected: float) -> None:
 
 def test_exact_match() -> None:
     assert exact_match(["The cat.", "cats", "dog"], [["cat"], ["cat"], ["cat", "Dog"]]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "equal"),
+    [
+        ("-1", "1", False),
+        ("3.14", "314", False),
+        ("", "A", False),
+        ("the", "A", False),
+        ("-", "+", False),
+        ("C", "C++", False),
+        ("...", "!", False),
+        ("-1.", "-1", True),
+        ('"The cat" (it is).', "cat, it is", True),
+        ("¿No?", "no", True),
+    ],
+)
+def test_answers_of_own_data(prediction: str, answer: str, equal: bool) -> None:
+    """Once they were compared as SQuAD's are, without any punctuation; the built-in tasks still are."""
+    task = custom_task(metric="exact_match")
+    row = task.read({"prompt": "?", "completion": answer})
+    assert score(task, [prediction], [row]) == {"exact_match": equal}
+    assert score_each(custom_task(metric="f1"), "f1", [prediction], [row]) == [equal]
+    assert exact_match([prediction], [[answer]]) == (prediction != "¿No?")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import pytest
 
-from zoft.data import hold_out, load_rows, load_task, sample
+from zoft.data import custom_task, hold_out, load_rows, load_task, sample
 from zoft.errors import UserError
 
 SST2 = load_task("sst2")
@@ -53,6 +53,13 @@ def test_unlabelled_rows_are_left_out(tmp_path: Path) -> None:
     write(file, [{"sentence": "x", "label": -1}])
     with pytest.raises(UserError, match="no labelled rows for train"):
         load_rows(SST2, tmp_path, "train")
+
+
+def test_an_answer_may_be_minus_one(tmp_path: Path) -> None:
+    """Once such rows were left out, as if they had no label."""
+    rows = [{"prompt": f"{number} minus 3 is", "completion": str(number - 3)} for number in range(6)]
+    found = load_rows(custom_task(), write(tmp_path / "my.jsonl", rows), "train")
+    assert [row["answers"] for row in found] == [["-3"], ["-2"], ["-1"], ["0"], ["1"]]
 
 
 @pytest.mark.parametrize(

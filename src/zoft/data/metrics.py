@@ -5,10 +5,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 
 from .reward import is_reward, rewards
 from .task import Row, Task
+
+ARTICLES = ("a", "an", "the")
+OPENING, CLOSING = "\"'([{“‘«¿¡", ".,;:!?\"')]}”’»…"  # around words
 
 
 def accuracy(predictions: Sequence[int], golds: Sequence[Sequence[int]]) -> float:
@@ -27,14 +31,33 @@ def matthews(predictions: Sequence[int], golds: Sequence[Sequence[int]]) -> floa
     return covariance / math.sqrt(spread) if spread else 0.0
 
 
-def f1(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """SQuAD's F1 of the words of prediction and answer, with the best of each example's accepted answers."""
-    return _mean_of_best(_token_f1, predictions, answers)
+def squad_words(text: str) -> list[str]:
+    """Lower case, without punctuation and articles: how SQuAD's published figures compare answers."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return [word for word in text.split() if word not in ARTICLES]
 
 
-def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """The share of predictions that have the same normalised words as an accepted answer."""
-    return _mean_of_best(lambda text, answer: float(_words(text) == _words(answer)), predictions, answers)
+def plain_words(text: str) -> list[str]:
+    """Lower case, without marks around words, and articles; but if nothing else is there, that is the answer.
+
+    What SQuAD's comparison loses, signs and decimal points and names such as C++, stays.
+    """
+    bare = (word.lstrip(OPENING).rstrip(CLOSING) for word in text.lower().split())
+    words = [word for word in bare if word] or text.lower().split()
+    return [word for word in words if word not in ARTICLES] or words
+
+
+Words = Callable[[str], list[str]]
+
+
+def f1(predictions: Sequence[str], answers: Sequence[Sequence[str]], words: Words = squad_words) -> float:
+    """SQuAD's F1 of the `words` of prediction and answer, with the best of each example's accepted answers."""
+    return _mean_of_best(lambda text, answer: _f1(words(text), words(answer)), predictions, answers)
+
+
+def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]], words: Words = squad_words) -> float:
+    """The share of predictions that have the same `words` as an accepted answer."""
+    return _mean_of_best(lambda text, answer: float(words(text) == words(answer)), predictions, answers)
 
 
 def number_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
@@ -76,7 +99,7 @@ def score(task: Task, predictions: Predictions, rows: Sequence[Row]) -> dict[str
     """
     pair = _found_and_right(task, predictions, rows)
     return {
-        name: fmean(score_each(task, name, predictions, rows)) if is_reward(name) else METRICS[name](*pair)
+        name: fmean(score_each(task, name, predictions, rows)) if is_reward(name) else _metric(task, name)(*pair)
         for name in (task.metric, *task.also)
     }
 
@@ -85,9 +108,15 @@ def score_each(task: Task, name: str, predictions: Predictions, rows: Sequence[R
     """The metric `name`, which is a mean over examples, of each of them."""
     found, right = _found_and_right(task, predictions, rows)
     if not is_reward(name):
-        return [METRICS[name]([one], [its]) for one, its in zip(found, right, strict=True)]
+        metric = _metric(task, name)
+        return [metric([one], [its]) for one, its in zip(found, right, strict=True)]
     texts = found if task.kind == "generation" else [task.choices(row)[i] for i, row in zip(found, rows, strict=True)]
     return rewards(name, [task.show(row) for row in rows], texts, rows)
+
+
+def _metric(task: Task, name: str) -> Callable[..., float]:
+    own = task.hub is None and name in (f1.__name__, exact_match.__name__)
+    return partial(METRICS[name], words=plain_words) if own else METRICS[name]
 
 
 def _found_and_right(task: Task, predictions: Sequence, rows: Sequence[Row]) -> tuple[Sequence, Sequence]:
@@ -105,14 +134,7 @@ def _mean_of_best(
     return fmean(max(metric(text, answer) for answer in accepted) for text, accepted in pairs)
 
 
-def _words(text: str) -> list[str]:
-    """Lower case, without punctuation and articles."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return [word for word in text.split() if word not in ("a", "an", "the")]
-
-
-def _token_f1(text: str, answer: str) -> float:
-    found, wanted = _words(text), _words(answer)
+def _f1(found: list[str], wanted: list[str]) -> float:
     if not found or not wanted:
         return float(found == wanted)
     shared = (Counter(found) & Counter(wanted)).total()

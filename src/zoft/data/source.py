@@ -22,7 +22,7 @@ def load_rows(task: Task, data: str | Path | None, split: Split) -> list[Row]:
     .parquet), where test stands in for a missing validation, as some benchmarks have only that; or one such file; or a
     data set of the hub, "owner/name" or "owner/name:configuration". Of one file, or a data set without a split for
     validation, the last tenth (at least 1 row, at most 500) is held out as that.
-    Rows whose label is -1, as the hub has them where the label is unknown, are left out.
+    Rows to classify or choose for whose label is -1, as the hub has them where the label is unknown, are left out.
 
     Raises UserError, with file and line, for everything that can be wrong with the data.
     """
@@ -71,7 +71,8 @@ def _read(task: Task, place: str, raw: Row) -> Row:
 
 
 def _unlabelled(task: Task, raw: Row) -> bool:
-    return str(raw.get(task.label)) == "-1" and "-1" not in task.words
+    labelled = task.kind in ("classification", "choice")  # an answer may well be "-1"
+    return labelled and str(raw.get(task.label)) == "-1" and "-1" not in task.words
 
 
 def _own_rows(data: str | Path, split: Split) -> tuple[Places, bool]:
