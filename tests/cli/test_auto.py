@@ -12,7 +12,7 @@ from transformers import LlamaModel, MiniMaxConfig, MiniMaxForCausalLM
 
 import zoft.train.auto as zoft_auto
 from train.tiny import TOKENIZER, make_model
-from zoft.train import TrainConfig
+from zoft.train import TrainConfig, task_closures
 
 from .conftest import Outcome
 
@@ -55,6 +55,21 @@ def test_a_residual_stream_is_guided(train: Callable[..., Outcome], tmp_path: Pa
     assert "method guided, lr" in outcome.out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["forwards"], summary["forwards_before"]) == (4, 0)
+
+
+def test_what_is_measured_is_as_long_as_what_is_learned(
+    train: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once --max-length did not shorten the batches that lr is measured on, nor what they take of memory."""
+    widths: list[int] = []
+
+    def look(model: Any, batches: list[Any]) -> Any:
+        widths.extend(batch["input_ids"].shape[1] for batch in batches)
+        return task_closures(model, batches)
+
+    monkeypatch.setattr("zoft.train.assemble.task_closures", look)
+    assert train("--max-length", 12).code == 0
+    assert widths and max(widths) < 12  # and the label word
 
 
 def test_guided_has_its_rate_from_the_model(

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from zoft.data import Encoder, Row, Task, TaskDataset, custom_task, load_task
+from zoft.data import Encoder, Row, Task, TaskDataset, custom_task, load_task, score
 from zoft.errors import UserError
 
 SST2 = load_task("sst2")
@@ -22,7 +22,6 @@ def review(text: str, label: int = 1) -> Row:
 def test_label_words(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer, SST2, max_length=64)
     item = encoder(review("the cat"), index=7)
-    assert encoder.single_token
     assert [tokenizer.decode(word) for word in encoder.words] == [" terrible", " great"]
     assert tokenizer.decode(item.prompt) == "the cat It was"
     assert item.candidates == encoder.words
@@ -31,7 +30,6 @@ def test_label_words(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_longer_label_words(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer, replace(SST2, words={"0": "terrible", "1": "quite good"}), max_length=64)
-    assert not encoder.single_token
     assert [tokenizer.decode(word) for word in encoder.words] == [" terrible", " quite good"]
 
 
@@ -62,6 +60,12 @@ def test_stop_without_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -> Non
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>")
     item = Encoder(without, DROP, max_length=256)(question())
     assert without.decode(item.candidates[0]) == " on the mat\n"
+    own = custom_task()
+    encoder = Encoder(without, own, max_length=256)
+    assert encoder.task.stop == "\n" and Encoder(tokenizer, own, max_length=256).task.stop is None
+    row = own.read({"prompt": "where?", "completion": "here"})
+    assert without.decode(encoder(row).candidates[0]) == " here\n"
+    assert score(encoder.task, ["here\nand on"], [row]) == {"exact_match": 1}, "once it was to have stopped by itself"
 
 
 def test_choices_share_one_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -96,16 +100,17 @@ def test_shots(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_too_long(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=r"row 3: .* tokens, even without its passage, but only 10 fit"):
+    with pytest.raises(UserError, match=r"row 'Passage: the cat .* tokens, even without its passage, but only 10 fit"):
         Encoder(tokenizer, DROP, max_length=10)(question(), index=3)
     task = custom_task()
-    with pytest.raises(UserError, match=r"row 0: .* none of which may be cut, but only 3 fit; raise --max-length"):
-        Encoder(tokenizer, task, max_length=3)(task.read({"prompt": "xyz" * 9, "completion": "x"}))
+    message = r"row 'what is it\? x{48}': .* none of which may be cut, but only 3 fit; raise --max-length"
+    with pytest.raises(UserError, match=message):
+        Encoder(tokenizer, task, max_length=3)(task.read({"prompt": "what is it? " + "x" * 99, "completion": "x"}))
 
 
 def test_empty_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     task = custom_task()
-    with pytest.raises(UserError, match="row 0: the prompt is empty"):
+    with pytest.raises(UserError, match="row 'x': the prompt is empty"):
         Encoder(tokenizer, task, max_length=9)(task.read({"prompt": "", "completion": "x"}))
 
 

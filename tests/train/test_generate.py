@@ -9,7 +9,7 @@ from torch import Tensor
 from zoft.data import custom_task
 from zoft.train.generate import as_texts, end_tokens, generate, lengths, random_as
 
-from .tiny import TOKENIZER, make_model
+from .tiny import TOKENIZER, make_model, make_tokenizer
 
 TASK = dataclasses.replace(custom_task(), max_new_tokens=6)
 
@@ -45,6 +45,29 @@ def test_the_same_seed_draws_the_same_and_the_users_own_draws_go_on() -> None:
     with pytest.raises(KeyError), random_as(1, torch.device("cpu")):
         raise KeyError
     assert found[0].shape == (6, found[0].shape[1])
+
+
+def test_the_likeliest_tokens_whatever_the_models_own_settings_are() -> None:
+    """Once beams, penalties and the kind of cache were taken from the model."""
+    model = make_model()
+    expected = generate(model, TOKENIZER, TASK, prompts(1))
+    assert len(set(expected[0].tolist())) < 6, "there is a repetition to be penalised"
+    model.generation_config.update(num_beams=3, repetition_penalty=5.0, no_repeat_ngram_size=1, min_length=2)
+    model.generation_config.cache_implementation = "static"
+    assert torch.equal(generate(model, TOKENIZER, TASK, prompts(1)), expected)
+
+
+def test_a_reply_ends_as_the_chat_template_ends_it() -> None:
+    """Once only at the end of sequence, which such a template does not write: answers went on after their end."""
+    model, tokenizer = make_model(), make_tokenizer()
+    [a, b] = tokenizer("film great").input_ids[:2]
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(b)]})  # as <|im_end|>
+    end = tokenizer.convert_ids_to_tokens(b)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "\n{% endfor %}"
+    assert b in (end_tokens(model, tokenizer) or ())
+    assert lengths(model, tokenizer, TASK, torch.tensor([[a, b, a], [a, a, a]])) == [2, 3]
+    tokenizer.chat_template = "{{ raise_exception('no system message') }}"
+    assert end_tokens(model, tokenizer) == end_tokens(model, TOKENIZER)
 
 
 def test_where_answers_end() -> None:

@@ -1,5 +1,6 @@
 """Names of models: folders, runs, adapters, .gguf files, and what of them cannot be loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -159,6 +160,12 @@ def test_room() -> None:
         room(model, load_task("squad"), 207)
     with pytest.raises(UserError, match="256"):
         room(model, load_task("gsm8k"))
+    model.config.max_position_embeddings = 4 * LENGTH
+    longer = replace(load_task("squad"), max_new_tokens=LENGTH)
+    assert room(model, longer) == LENGTH, "once there was said to be no room"
+    assert room(model, replace(longer, max_new_tokens=4 * LENGTH - 1)) == 1
+    with pytest.raises(UserError, match="8192 tokens with the 8192 generated"):
+        room(model, replace(longer, max_new_tokens=4 * LENGTH))
 
 
 def test_a_model_without_an_end_has_room() -> None:

@@ -2,6 +2,7 @@
 
 from .beginning import Begun, begin
 from .candidates import read_candidates
+from .chat import reply_end
 from .collate import IGNORE, Collator, divide
 from .custom import custom_task, parse_words
 from .dataset import TaskDataset
@@ -43,6 +44,7 @@ __all__ = [
     "positions_to_keep",
     "read_candidates",
     "read_logits",
+    "reply_end",
     "sample",
     "score",
     "score_each",

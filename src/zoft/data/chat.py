@@ -34,6 +34,18 @@ def write(
     return text if reply_next else text.rstrip()
 
 
+def reply_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The token that the chat template ends a reply with, if it does and has one: ChatML's <|im_end|>."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        text = write(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], {})
+    except UserError:  # for want of something that the template asks for
+        return None
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return ids[-1] if ids and ids[-1] in tokenizer.added_tokens_decoder else None
+
+
 def is_written(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Row], writing: Mapping[str, Any], text: str
 ) -> bool:

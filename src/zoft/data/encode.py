@@ -42,8 +42,8 @@ class Encoder:
 
     Prompt and candidate together are the tokens of their joined text, after the beginning-of-sequence token of
     a tokenizer that adds one. `shots` are rows shown with their answers before the prompt. An answer to generate
-    ends in the end-of-sequence token (without one, in the task's stop), so that the model learns to stop. Conversations
-    are written by the tokenizer's chat template, with the tokens that it begins and ends texts with; of their earlier
+    ends in the end-of-sequence token (without one, in the task's stop, a line break if it has none), so that the model
+    learns to stop. Conversations are written by the tokenizer's chat template, with the tokens that it begins and ends texts with; of their earlier
     replies those are learned that it writes as if they were the last.
 
     A prompt with its longest candidate has at most `max_length` tokens (to generate takes `task.max_new_tokens`
@@ -52,19 +52,21 @@ class Encoder:
     but for a system message; and an answer that is only read its end. Raises UserError where that is not enough, for
     conversations that the tokenizer has no chat template for, and for label words that it does not tell apart.
 
+    task: the task, with the stop that its answers are learned to end in.
     words: the label words' ids, in the order of `task.words` (empty for other kinds).
-    single_token: whether each of them is one token.
     """
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", task: Task, max_length: int, shots: Sequence[Row] = ()
     ) -> None:
+        eos = tokenizer.eos_token_id
+        if eos is None and task.kind == "generation":
+            task = replace(task, stop=task.stop or "\n")
         self.task = task
         self.max_length = max_length
         self._tokenizer = tokenizer
         bos = tokenizer.bos_token_id
         self._start = [bos] if bos is not None and bos in tokenizer("").input_ids else []
-        eos = tokenizer.eos_token_id
         self._end: list[int] = []
         if task.kind in ("generation", "text"):
             self._end = [eos] if eos is not None else self._ids(task.stop or "\n")
@@ -73,7 +75,6 @@ class Encoder:
         self._shots = [self._shown(row) + "\n\n" for row in shots]
         # The template stands for every prompt: a word's tokens depend on no more than the prompt's last character.
         self.words = self._split(task.prompt, list(task.words.values()))[1] if task.words else []
-        self.single_token = bool(self.words) and all(len(word) == 1 for word in self.words)
         if len(set(map(tuple, self.words))) < len(self.words):
             raise UserError(f"the tokenizer does not tell apart the words {', '.join(task.words.values())}")
 
@@ -88,7 +89,7 @@ class Encoder:
                 item = self._cut(less, index)
             return replace(item, earlier=self._earlier(less))
         except UserError as error:
-            raise UserError(f"row {index}: {error}") from error
+            raise UserError(f"the row {self._shown(row)[:60]!r}: {error}") from error
 
     def _shortened(self, row: Row) -> Iterator[tuple[Row, str]]:
         """The row and what is shown before it, less and less of it; or less and less of a conversation's turns."""

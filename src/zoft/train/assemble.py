@@ -98,12 +98,13 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
     digest = model_digest(model)
     model, adapter = to_train(config.method, model)
     encoder = Encoder(tokenizer, task, room(model, task, config.max_length))
+    task = encoder.task
     data = {split: TaskDataset(some, encoder) for split, some in rows.items()}
     set_seed(config.seed)
 
     def look() -> Sequence[Closure]:
         some = rows["train"][: BATCHES * config.batch_size]
-        return task_closures(model, task_batches(model, tokenizer, task, some, config.batch_size))
+        return task_closures(model, task_batches(model, tokenizer, task, some, config.batch_size, config.max_length))
 
     texts = config.objective == LOSS and task.kind in ("generation", "text") and data["train"].learned >= TEXTS
     config, measured = settle(config, model, look, texts, adapter)

@@ -20,9 +20,14 @@ from zoft.train.models import longest, room
 WORDS = 64  # with two, and logits in half precision, a probe may change no loss, and a step would have no update
 
 
-def task_batches(model: Any, tokenizer: Any, task: Task, rows: list[Row], size: int) -> list[dict[str, Tensor]]:
-    """`rows` as training batches of `size` examples on the model's device; a remainder is left out."""
-    items = TaskDataset(rows, Encoder(tokenizer, task, room(model, task)))
+def task_batches(
+    model: Any, tokenizer: Any, task: Task, rows: list[Row], size: int, length: int | None = None
+) -> list[dict[str, Tensor]]:
+    """`rows` as training batches of `size` examples on the model's device; a remainder is left out.
+
+    An example has at most `length` tokens, if it is given, and as many as the model has room for.
+    """
+    items = TaskDataset(rows, Encoder(tokenizer, task, room(model, task, length)))
     collate = Collator(tokenizer.pad_token_id, "train")
     batches = [collate([items[i + k] for k in range(size)]) for i in range(0, len(rows) - size + 1, size)]
     return [{name: tensor.to(device_of(model)) for name, tensor in batch.items()} for batch in batches]

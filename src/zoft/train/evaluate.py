@@ -30,7 +30,8 @@ def evaluate(config: TrainConfig, shots: int = 0) -> dict[str, Any]:
     settle_arithmetic(model, config.compute_dtype)
     if not peft_runs(model):
         model = beside(*take_apart(model))
-    dataset = TaskDataset(rows, Encoder(tokenizer, task, room(model, task, config.max_length), shown))
+    encoder = Encoder(tokenizer, task, room(model, task, config.max_length), shown)
+    dataset, task = TaskDataset(rows, encoder), encoder.task
     with tempfile.TemporaryDirectory() as folder:
         trainer = TaskTrainer(model, tokenizer, task, training_arguments(config, task, folder), eval_dataset=dataset)
         found = trainer.evaluate()

