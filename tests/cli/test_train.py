@@ -126,8 +126,47 @@ def test_best_of_the_checkpoints_is_kept(train: Callable[..., Outcome], tmp_path
 def test_training_that_diverges_still_ends_in_a_report(train: Callable[..., Outcome], tmp_path: Path) -> None:
     summary = train("--method", "agzo", "--lr", 1e30, "--json").json()
     assert summary["skipped"] > 0
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert "NaN" not in lines and "Infinity" not in lines
+    for file in ("metrics.jsonl", "summary.json", "initial.json"):
+        text = (tmp_path / "run" / file).read_text()
+        assert "NaN" not in text and "Infinity" not in text
+
+
+def test_a_loss_that_is_no_number_is_null_in_json(zoft: Callable[..., Outcome], model: Path, tmp_path: Path) -> None:
+    """Once summary.json held NaN and -Infinity, which other readers of JSON refuse."""
+    rows = "".join(json.dumps({"text": f"after {i} comes {i + 1}"}) + "\n" for i in range(30))
+    (tmp_path / "my.jsonl").write_text(rows)
+    few = ("--steps", 2, "--eval-steps", 2, "--batch-size", 8, "--device", "cpu", "--out", tmp_path / "run")
+    done = zoft("train", model, "--data", tmp_path / "my.jsonl", "--method", "mezo", "--lr", 1e8, *few)
+    assert done.code == 0, done.err
+    text = (tmp_path / "run" / "summary.json").read_text()
+    assert json.loads(text)["best_dev"] is None and "NaN" not in text and "Infinity" not in text
+    assert zoft("report", tmp_path / "run").code == 0
+
+
+def test_the_last_batch_of_an_epoch_is_smaller(train: Callable[..., Outcome]) -> None:
+    """Once every step counted as a whole batch."""
+    summary = train("--method", "agzo", "--train-examples", 9, "--json", steps=3).json()
+    assert summary["examples_seen"] == 8 + 1 + 8
+
+
+def test_an_answer_that_is_accepted_is_right(
+    zoft: Callable[..., Outcome], model: Path, write: Any, tmp_path: Path
+) -> None:
+    """Once it was compared with the first of the accepted answers alone."""
+    [said] = examples_of(zoft, model, write(tmp_path / "one.jsonl", rows_of(["zzz"])), tmp_path / "one")
+    assert said["right"] == {"before": False, "after": False}
+    [said] = examples_of(zoft, model, write(tmp_path / "two.jsonl", rows_of(["zzz", said["before"]])), tmp_path / "two")
+    assert said["right"] == {"before": True, "after": True}
+
+
+def rows_of(answers: list[str]) -> list[dict[str, Any]]:
+    return [{"prompt": "what comes after 7?", "completion": answers}] * 10
+
+
+def examples_of(zoft: Callable[..., Outcome], model: Path, data: Path, out: Path) -> Any:
+    few = ("--steps", 1, "--batch-size", 2, "--method", "mezo", "--lr", 0, "--max-new-tokens", 3, "--device", "cpu")
+    assert zoft("train", model, "--data", data, *few, "--out", out).code == 0
+    return json.loads((out / "examples.json").read_text())
 
 
 def test_constant_schedule_warms_up(train: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_tools_and_their_calls_are_written_by_the_template(
 def test_calls_that_the_template_does_not_write_are_not_learned(chat: PreTrainedTokenizerFast, content: str) -> None:
     """As nothing but the end would be, and the reply's are asked for."""
     messages = [TURNS[1], CALL | {"content": content}]
-    with pytest.raises(UserError, match="row .*: the chat template writes no tool_calls"):
+    with pytest.raises(UserError, match=r"row .*: the chat template writes no tool_calls"):
         encoded(chat, {"messages": messages})
     further = [*messages, {"role": "tool", "content": "done"}, REPLY]
     assert learned(chat, encoded(chat, {"messages": further})) == ["green tea<eos>"]
@@ -214,10 +214,10 @@ def test_what_is_nothing_for_the_template_is_refused(columns: dict[str, Any], me
 
 def test_what_the_template_refuses_is_said(chat: PreTrainedTokenizerFast) -> None:
     chat.chat_template = "{{ raise_exception('no system message') }}"
-    with pytest.raises(UserError, match="row .*: the chat template refuses this conversation: no system message"):
+    with pytest.raises(UserError, match=r"row .*: the chat template refuses this conversation: no system message"):
         encoded(chat, {"messages": [*TURNS, REPLY]})
     chat.chat_template = CHATML.replace("{{ m.content }}{{ eos_token }}\n", "").replace("<|{{ m.role }}|>", "")
-    with pytest.raises(UserError, match="row .*: the chat template writes no reply"):
+    with pytest.raises(UserError, match=r"row .*: the chat template writes no reply"):
         encoded(chat, {"messages": [*TURNS, REPLY]})
     chat.chat_template = None
     with pytest.raises(UserError, match="the model has no chat template"):

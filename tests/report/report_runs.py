@@ -32,7 +32,15 @@ SUMMARY = {
     "truncated": {"train": 12, "dev": 0, "validation": 0},
     "zoft_version": "0.1.0",
 }
-EXAMPLES = [{"prompt": "a <b>bold</b> & witty film It was", "answer": "great", "before": "terrible", "after": "great"}]
+EXAMPLES: list[dict[str, Any]] = [
+    {
+        "prompt": "a <b>bold</b> & witty film It was",
+        "answer": "great",
+        "before": "terrible",
+        "after": "great",
+        "right": {"before": False, "after": True},
+    }
+]
 
 
 def training_line(step: int, **values: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_runs import EXAMPLES, LINES, evaluation_line, training_line
+from report_runs import EXAMPLES, LINES, SUMMARY, evaluation_line, training_line
 
 from zoft.errors import UserError
 from zoft.report import write_report
@@ -108,7 +108,13 @@ def test_one_file_that_needs_nothing_else(make_run):
 def test_text_of_others_is_escaped(make_run):
     evil = '<script>alert("x")</script>'
     config = {"model": evil, "task": evil, "method": evil, "out": evil, evil: evil}
-    html = page(make_run(config=config, summary=None, examples=[dict.fromkeys(EXAMPLES[0], evil)]))
+    html = page(
+        make_run(
+            config=config,
+            summary=None,
+            examples=[EXAMPLES[0] | dict.fromkeys(("prompt", "answer", "before", "after"), evil)],
+        )
+    )
     assert "script" not in Tags(html).names
     assert html.count("&lt;script&gt;") > 6
 
@@ -120,11 +126,15 @@ def test_right_and_wrong_are_said_in_words(make_run):
     assert verdicts == [("Before", "terrible", "✗ wrong"), ("After", "great", "✓ right")]
 
 
-def test_generated_answers_are_judged_as_the_metric_does(make_run):
-    lines = [{"step": 0, "forwards": 0, "seconds": 0.0, "eval_number_match": 0.1}]
-    example = {"prompt": "6 * 7?", "answer": "so #### 42", "before": "It is 41.", "after": "It is 42."}
-    html = page(make_run(lines=lines, summary=None, examples=[example]))
-    assert html.count("✗ wrong") == html.count("✓ right") == 1
+def test_where_right_and_wrong_are_unknown_nothing_is_said(make_run):
+    unknown = {"before": None, "after": None}
+    html = page(make_run(examples=[EXAMPLES[0] | {"right": unknown}]))
+    assert "✗ wrong" not in html and "✓ right" not in html
+
+
+def test_a_metric_that_is_not_finite(make_run):
+    html = page(make_run(summary=SUMMARY | {"metric": "likelihood", "final": None, "best": None}))
+    assert tiles(html)["Kept"] == "nan"
 
 
 def test_an_unfinished_run(make_run):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zoft.errors import UserError
+from zoft.numbers import finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,16 +93,8 @@ def print_summary(console: Console, summary: dict[str, Any], out: Path) -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on standard output; null for numbers that JSON does not have."""
-    json.dump(_finite(value), sys.stdout, ensure_ascii=False)
+    json.dump(finite(value), sys.stdout, ensure_ascii=False)
     sys.stdout.write("\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_names(text: str) -> list[str]:

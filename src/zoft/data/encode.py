@@ -40,11 +40,11 @@ class Item:
 class Encoder:
     """Encodes the rows of a task for a tokenizer.
 
-    Prompt and candidate together are the tokens of their joined text, after the beginning-of-sequence token of
-    a tokenizer that adds one. `shots` are rows shown with their answers before the prompt. An answer to generate
-    ends in the end-of-sequence token (without one, in the task's stop, a line break if it has none), so that the model
-    learns to stop. Conversations are written by the tokenizer's chat template, with the tokens that it begins and ends texts with; of their earlier
-    replies those are learned that it writes as if they were the last.
+    Prompt and candidate together are the tokens of their joined text, after the beginning-of-sequence token of a
+    tokenizer that adds one. `shots` are rows shown with their answers before the prompt. An answer to generate ends in
+    the end-of-sequence token (without one, in the task's stop, a line break if it has none), so that the model learns
+    to stop. Conversations are written by the tokenizer's chat template, with the tokens that it begins and ends texts
+    with; of their earlier replies those are learned that it writes as if they were the last.
 
     A prompt with its longest candidate has at most `max_length` tokens (to generate takes `task.max_new_tokens`
     beyond the prompt, for which the caller leaves room): what is longer loses its shots, the first of them first,

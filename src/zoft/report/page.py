@@ -52,7 +52,7 @@ def render(run: Run) -> str:
         metric_curve=plots.metric_curve(run.evaluations, run.metric) if run.metric else "",
         metric_caption=figures.measured(run, "dev"),
         loss_curve=plots.loss_curve(run.training),
-        examples=[_judged(example, run.metric) for example in run.examples[:EXAMPLES_SHOWN]],
+        examples=[_judged(example) for example in run.examples[:EXAMPLES_SHOWN]],
         config=_flat(run.config),
         costs=_costs(run),
         loading=_loading(run, place),
@@ -85,19 +85,10 @@ def _flat(config: Record, prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _judged(example: Record, metric: str | None) -> Record:
+def _judged(example: Record) -> Record:
     """The example, with what came out before and after each beside whether it is right, if that is known."""
-    from zoft.data import GENERATED, LIKELIHOOD, is_reward
-    from zoft.data.metrics import METRICS
-
-    def right(output: str) -> bool | None:
-        if metric == LIKELIHOOD or (metric is not None and is_reward(metric)):
-            return None
-        if metric in GENERATED:
-            return METRICS[metric]([output], [[example["answer"]]]) == 1
-        return output.strip() == example["answer"].strip()
-
-    outputs = {when: (example[when], right(example[when])) for when in ("before", "after")}
+    right = example.get("right", {})
+    outputs = {when: (example[when], right.get(when)) for when in ("before", "after")}
     return {"prompt": example["prompt"], "answer": example["answer"], "outputs": outputs}
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import yaml
 
 from zoft.errors import UserError
+from zoft.numbers import read_back
 
 Record = dict[str, Any]
+METRICS = ("initial", "final", "best")  # of a summary, and not finite where the loss was not
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Run:
     def results(self) -> Record:
         """The summary, or as much of it as the configuration and the log so far tell."""
         if self.summary is not None:
-            return self.summary
+            return self.summary | read_back({name: self.summary[name] for name in METRICS if name in self.summary})
         config = self.config
         results: Record = {"task": config.get("task") or config.get("data"), "model": config.get("model")}
         results["method"] = config.get("method")

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zoft.errors import UserError
+from zoft.numbers import finite
 from zoft.optim import ZeroOrder, obstacle
 from zoft.optim.ranks import Ranks
 from zoft.train.files import write_text
@@ -88,11 +89,7 @@ class RunLog(TrainerCallback):
         """Append one line; a number that JSON cannot hold becomes null."""
         if not self._writes:
             return
-        facts = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-            if not name.endswith(NOISE)
-        }
+        facts = finite({name: value for name, value in values.items() if not name.endswith(NOISE)})
         cost = {"seconds": round(self.seconds, 3), "peak_memory_bytes": self.peak_memory_bytes}
         line = {"step": step, "forwards": self.forwards(step)} | cost | facts
         with self.path.open("a", encoding="utf-8") as file:

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from zoft.errors import UserError
+from zoft.numbers import finite
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,8 +26,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write `value` as JSON, as `write_text` does; null for numbers that JSON does not have."""
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

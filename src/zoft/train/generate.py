@@ -44,7 +44,7 @@ def generate(
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
-    """Tokens that end a text: those that the model declares, and those that answers and replies are learned to end in."""
+    """Tokens that end a text: those that the model declares, and those that answers and replies learn to end in."""
     declared = model.generation_config.eos_token_id
     ends = {*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id, reply_end(tokenizer)}
     return sorted(ends - {None}) or None

@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from zoft import __version__
-from zoft.data import Task, TaskDataset
+from zoft.data import Row, Task, TaskDataset, is_reward, score_each
 from zoft.errors import UserError
+from zoft.numbers import read_back
 from zoft.optim import EstimateWarning, NoStream, NotRepeatable
 from zoft.report import write_report
 from zoft.train.assemble import Run, assemble
@@ -64,6 +65,7 @@ def _begin(run: Run, console: Console) -> dict[str, Any]:
             write_json(run.out / "initial.json", before)
         wait()
     initial = read_json(run.out / "initial.json")
+    initial["metrics"] = read_back(initial["metrics"])
     console.print(f"{task.title}: {task.metric} {initial['metrics'][task.metric]:.3f} before training")
     console.print(
         f"method {config.method}, lr {config.lr} ({config.schedule})", f", eps {config.eps}" * bool(config.eps), sep=""
@@ -140,7 +142,7 @@ def _facts(run: Run, steps: int) -> dict[str, Any]:
         "steps": steps,
         "forwards": run.log.forwards(steps),
         "forwards_before": read_json(diagnosis)["forwards"] if diagnosis.is_file() else 0,
-        "examples_seen": steps * config.batch_size * config.accumulate,
+        "examples_seen": _seen(len(run.data["train"]), config.batch_size, config.accumulate, steps),
         "metric": run.task.metric,
         "seconds": round(run.log.seconds, 3),
         "seconds_per_step": round(run.log.seconds / steps, 4),
@@ -148,6 +150,12 @@ def _facts(run: Run, steps: int) -> dict[str, Any]:
         "truncated": {split: dataset.truncated for split, dataset in run.data.items()},
         "zoft_version": __version__,
     }
+
+
+def _seen(rows: int, batch: int, accumulate: int, steps: int) -> int:
+    """How many examples so many `steps` took; of an epoch, the last is of what is left of its `rows`."""
+    epochs, rest = divmod(steps, math.ceil(rows / (batch * accumulate)))
+    return epochs * rows + min(rows, rest * batch * accumulate)
 
 
 def _validate(run: Run) -> dict[str, Any]:
@@ -168,10 +176,20 @@ def _texts(trainer: TaskTrainer, dataset: TaskDataset) -> list[str]:
     ]
 
 
-def _examples(task: Task, dataset: TaskDataset, before: list[str], after: list[str]) -> list[dict[str, str]]:
-    rows = dataset.rows[:EXAMPLES_SHOWN]
-    answers = [task.choices(row)[task.golds(row)[0]] for row in rows]
-    return [
-        {"prompt": task.show(row), "answer": answer, "before": old, "after": new}
-        for row, answer, old, new in zip(rows, answers, before, after, strict=True)
-    ]
+def _examples(task: Task, dataset: TaskDataset, before: list[str], after: list[str]) -> list[dict[str, Any]]:
+    found = []
+    for row, old, new in zip(dataset.rows[:EXAMPLES_SHOWN], before, after, strict=True):
+        outputs = {"before": old, "after": new}
+        right = {when: _right(task, row, text) for when, text in outputs.items()}
+        answer = task.choices(row)[task.golds(row)[0]]
+        found.append({"prompt": task.show(row), "answer": answer, **outputs, "right": right})
+    return found
+
+
+def _right(task: Task, row: Row, text: str) -> bool | None:
+    """Whether `text`, which was predicted, is right as the metric has it, if that says so."""
+    if task.kind == "text" or is_reward(task.metric):
+        return None
+    if task.kind == "generation":
+        return score_each(task, task.metric, [text], [row]) == [1]
+    return text in [task.choices(row)[gold] for gold in task.golds(row)]
