@@ -56,6 +56,32 @@ def test_flag_over_file_over_default(tmp_path: Path) -> None:
     assert (config.eps, config.method_options["two_sided"]) == (3e-3, False)
 
 
+def test_what_belongs_to_the_files_method_gives_way_to_another(tmp_path: Path) -> None:
+    """Once mezo was refused for agzo's options, or took its lr."""
+    file = tmp_path / "config.yaml"
+    TrainConfig.load(None, model="m", task="sst2", method="guided", lr=0.5, steps=7).save(file)
+    config = TrainConfig.load(file, method="mezo")
+    assert (config.steps, config.lr, config.eps, config.schedule) == (7, 1e-6, 1e-3, "constant")
+    assert TrainConfig.load(file, method="guided").lr == 0.5
+    file.write_text("model: m\ntask: sst2\nlr: 0.25\n")
+    assert TrainConfig.load(file, method="mezo").lr == 0.25, "the file's lr is of no method"
+
+
+def test_what_belongs_to_the_files_task_gives_way_to_another(tmp_path: Path) -> None:
+    """Once a built-in task was refused for the words of the file's own, and the other way round."""
+    file, own = tmp_path / "config.yaml", {"template": "{text} It was", "words": "0=bad,1=good", "label": "score"}
+    TrainConfig.load(None, model="m", data="my.csv", **own).save(file)
+    found = TrainConfig.load(file, task="sst2")
+    assert (found.task, found.template, found.words, found.data) == ("sst2", None, None, None)
+    assert TrainConfig.load(file, template="Is {text} good?").words == own["words"]
+    TrainConfig.load(None, model="m", task="squad", data="folder", objective="f1", max_new_tokens=9).save(file)
+    found = TrainConfig.load(file, **own)
+    assert (found.task, found.data, found.objective, found.max_new_tokens) == (None, "folder", "loss", None)
+    assert TrainConfig.load(file, task="squad").max_new_tokens == 9
+    file.write_text("model: m\ndata: folder\n")
+    assert TrainConfig.load(file, task="sst2").data == "folder", "the file says of no task"
+
+
 def test_saved_config_is_complete(tmp_path: Path) -> None:
     config = TrainConfig.load(None, model="m", task="sst2", method="zo-act")
     config.save(tmp_path / "config.yaml")

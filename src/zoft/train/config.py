@@ -21,6 +21,8 @@ from zoft.train.values import as_type, near_miss
 ComputeDtype = Literal["auto", "weights", "float32"]  # `zoft.train.arithmetic`
 LOSS = "loss"
 SAMPLES = 4  # answers drawn for a prompt
+OWN_TASK = ("template", "words", "label", "metric")  # describe it
+OF_TASK = ("objective", "max_new_tokens")  # mean something for one task
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")
 
 
@@ -120,7 +122,7 @@ class TrainConfig:
         """
         reward = self.objective if is_reward(self.objective) else None
         if self.task is not None:
-            own = [name for name in ("template", "words", "label", "metric") if getattr(self, name) is not None]
+            own = [name for name in OWN_TASK if getattr(self, name) is not None]
             if own:
                 raise UserError(f"{own[0]} describes your own task: leave it out, or leave out task {self.task!r}")
             task = load_task(self.task)
@@ -159,6 +161,8 @@ class TrainConfig:
     def load(cls, path: Path | None, **flags: Any) -> TrainConfig:
         """`flags` that are not None, over the file `path`, over the defaults.
 
+        Of the file, what describes another task or belongs to another method than the flags name gives way.
+
         Raises:
             UserError: the file cannot be read, or a value is unknown, of the wrong type, or out of its range.
         """
@@ -167,9 +171,12 @@ class TrainConfig:
         for name in values:
             if name not in known:
                 raise UserError(f"unknown setting {name!r}{where}; {near_miss(name, known)}")
-        values = {name: value for name, value in values.items() if value is not None}
+        away = _giving_way(values, flags)
+        values = {name: value for name, value in values.items() if value is not None and name not in away}
         options = as_type("method_options", values.get("method_options", {}), dict) | flags.pop("method_options", {})
         values |= {name: value for name, value in flags.items() if value is not None}
+        for name in {"lr", "eps"} & options.keys() & values.keys():
+            raise UserError(f"{name} is given twice: leave it out of the method's options")
         values = {name: as_type(name, value, known[name]) for name, value in values.items()}
         if not values.get("model"):
             raise UserError("no model: name one, such as demo, a hub id, a folder or a .gguf file")
@@ -218,6 +225,22 @@ class TrainConfig:
                 f"save_steps ({self.save_steps}) must be a multiple of eval_steps ({self.eval_steps}), "
                 "so that the best evaluated model is among the saved ones"
             )
+
+
+def _giving_way(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
+    """Which `values` of a file are not meant for the task or the method that `flags` name instead of its own."""
+
+    def other(name: str) -> bool:
+        return flags.get(name) is not None and name in values and flags[name] != values[name]
+
+    found: set[str] = set()
+    if other("task"):
+        found |= {*OWN_TASK, *OF_TASK, "data"}
+    elif flags.get("template") is not None and values.get("task") is not None:
+        found |= {*OF_TASK, "task"}
+    if other("method"):
+        found |= {"method_options", "lr", "eps", "schedule"}
+    return found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
