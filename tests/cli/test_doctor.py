@@ -51,6 +51,13 @@ def test_no_rate_below_zero_is_spoken_of(agreement: float, harm: str | None) -> 
     assert "does harm" not in said if harm is None else harm in said
 
 
+def test_the_forecast_is_of_the_methods_own_probes(doctor: Callable[..., Outcome]) -> None:
+    """Once every step was taken for two forwards."""
+    for probes, forwards in ((1, 2), (8, 9)):
+        found = doctor("--method", "zo-act", "-o", f"probes={probes}", "--steps", 10**6, "--json").json()
+        assert found["seconds"] == pytest.approx(forwards * 10**6 * found["seconds_per_forward"], rel=0.1)
+
+
 def test_options_reach_the_method(doctor: Callable[..., Outcome]) -> None:
     one, four = (doctor("-o", f"rank={rank}", "--json").json()["curvature"] for rank in (1, 4))
     assert one != four

@@ -111,6 +111,16 @@ def test_queries_and_keys_lie_as_in_llama_cpp() -> None:
         assert torch.equal(reordered, weight) == (layer == "o_proj")
 
 
+def test_a_run_of_a_device_that_is_not_here(
+    run: Callable[[str], Path], zoft: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """Once its full weights could not be exported: the run's settings were refused."""
+    config = run("agzo") / "config.yaml"
+    config.write_text(config.read_text().replace("device: cpu", "device: cuda:99"))
+    done = zoft("export", config.parent, "--to", "peft", "--out", tmp_path / "peft")
+    assert done.code == 0, done.err
+
+
 def test_mistakes(run: Callable[[str], Path], zoft: Callable[..., Outcome], model: Path, tmp_path: Path) -> None:
     folder, taken = run("zo-act"), tmp_path / "taken"
     taken.mkdir()

@@ -121,6 +121,16 @@ def chat(model: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def test_evaluating_takes_no_training_rows(
+    zoft: Callable[..., Outcome], model: Path, write: Any, tmp_path: Path
+) -> None:
+    """Once a folder with nothing but validation rows was refused."""
+    write(tmp_path / "validation.jsonl", [{"prompt": f"what comes after {i}?", "completion": str(i)} for i in range(4)])
+    assert zoft("eval", model, "--data", tmp_path, "--max-new-tokens", 2, "--json").json()["examples"] == 4
+    done = zoft("train", model, "--data", tmp_path, *FEW)
+    assert done.code == 2 and "no train.jsonl" in done.err
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

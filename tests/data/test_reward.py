@@ -57,6 +57,15 @@ def test_a_row_may_come_without_an_answer() -> None:
     assert custom_task(answered=False).read({"prompt": "x", "completion": "y"})["answers"] == ["y"]
 
 
+def test_what_it_prints_goes_to_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once it was in the midst of what --json prints."""
+    file = tmp_path / "rewards.py"
+    file.write_text("print('read')\ndef one(completions, **_):\n    print('called')\n    return [1]\n")
+    task = custom_task(metric=f"{file}:one")
+    score(task, ["a"], [task.read({"prompt": "x", "completion": "y"})])
+    assert capsys.readouterr() == ("", "read\ncalled\n")
+
+
 @pytest.mark.parametrize(
     "name, said",
     [

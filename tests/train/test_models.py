@@ -95,6 +95,21 @@ def test_adapter_finds_its_base_from_anywhere(tmp_path: Path, monkeypatch: pytes
         torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_an_adapter_has_its_own_tokenizer(tmp_path: Path) -> None:
+    """Once the base model's was taken, and with it another chat template than the adapter was trained with."""
+    base = save(tmp_path / "base")
+    model, tokenizer = load_model(str(base), device="cpu")
+    optimizer = zoft.ZOAct(model, lr=1e-2)
+    optimizer.step(
+        lambda: model(**tokenizer("a fine film", return_tensors="pt", return_token_type_ids=False)).logits.mean()
+    )
+    save_adapter(optimizer, tmp_path / "adapter")
+    assert load_model(str(tmp_path / "adapter"), device="cpu")[1].chat_template is None
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert load_model(str(tmp_path / "adapter"), device="cpu")[1].chat_template == "{{ messages }}"
+
+
 def test_adapter_needs_coefficients(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no coefficients"):
         save_adapter(zoft.ZOAct(make_model(), lr=1e-2), tmp_path)

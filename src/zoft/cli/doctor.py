@@ -90,11 +90,15 @@ def doctor(
     start = time.perf_counter()
     try:
         with console.status(f"probing {directions} directions"):
-            found = diagnose(network, closures, partial(zero_order_of, config, adapter=adapter), directions)
-        seconds = (time.perf_counter() - start) / found.forwards
+            make = partial(zero_order_of, config, adapter=adapter)
+            found = diagnose(network, closures, make, directions)
+            seconds = (time.perf_counter() - start) / found.forwards
+            optimizer = make(network)
+            optimizer.estimate(closures[0])  # what a step takes
+            optimizer.branches.detach()
         forecast = {
             "seconds_per_forward": round(seconds, 4),
-            "seconds": round(2 * steps * seconds, 1),
+            "seconds": round(optimizer.counters.forwards * steps * seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(network.device),
         }
         energy = captured_energy(beside(network, adapter), closures[0], RANKS) if gradient else None

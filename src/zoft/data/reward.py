@@ -3,9 +3,10 @@
 import functools
 import importlib
 import runpy
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from zoft.errors import UserError
@@ -53,9 +54,10 @@ def rewards(name: str, prompts: Sequence[str], completions: Sequence[str], rows:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """What goes wrong in the user's code, in one line with its place."""
+    """What goes wrong in the user's code, in one line with its place. What it prints goes to standard error."""
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # ``--json`` prints one object on standard output and nothing else
+            yield
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{place.filename}, line {place.lineno}"

@@ -39,8 +39,10 @@ def load_rows(task: Task, data: str | Path | None, split: Split) -> list[Row]:
 
 
 def first_row(data: str | Path) -> Row:
-    """The first training row, as it is stored. Raises UserError as `load_rows` does."""
-    found, _ = _own_rows(data, "train")
+    """The first row, as it is stored: for training, if there are such. Raises UserError as `load_rows` does."""
+    path = Path(data)
+    every = NAMES["train"] + NAMES["validation"]  # where it is evaluated only, training rows may be missing
+    found = file_rows(split_file(path, *every)) if path.is_dir() else _own_rows(data, "train")[0]
     for _, row in found:
         return row
     raise UserError(f"{data}: no rows")

@@ -96,7 +96,8 @@ def learned(name: str, base: str | None = None, rank: int = RANK) -> Learned:
     settings = Path(name) / "config.yaml"
     if base is None and not settings.is_file():
         raise UserError(f"{name} does not say which model it began as: give --base")
-    start, _ = load_model(base or TrainConfig.load(settings).model, dtype="float32", device="cpu")
+    begun = base or TrainConfig.load(settings, device="cpu").model  # the run's device may not be here
+    start, _ = load_model(begun, dtype="float32", device="cpu")
     old = dict(start.named_parameters())
     changed = [n for n, p in model.named_parameters() if n not in old or not torch.equal(p, old[n])]
     after, before = _weights(model), _weights(start)

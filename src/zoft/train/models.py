@@ -107,6 +107,8 @@ def _read(place: str, weights: dict[str, Any], trainable: bool) -> tuple[Any, Pr
 
     config = PeftConfig.from_pretrained(place)
     model, tokenizer, missing = _read(resolve(str(config.base_model_name_or_path)), weights, trainable)
+    if (Path(place) / "tokenizer_config.json").is_file():  # with the chat template that it was trained with
+        tokenizer = AutoTokenizer.from_pretrained(place, **OWN_CODE)
     if "device_map" in weights:
         return add_adapter(model, place, trainable), tokenizer, missing
     tokens = trainable and config.is_prompt_learning
