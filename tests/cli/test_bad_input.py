@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from accelerate import PartialState
 
 from train.tiny import TOKENIZER, make_model, reviews
@@ -48,6 +49,8 @@ def assert_refused(outcome: Outcome, message: str, out: Path | None = None) -> N
             "a linear layer here is called 'model.layers.0.self_attn.q_proj'",
         ),
         (["--method", "lora", "-o", "rank=0"], "method lora"),
+        (["--method", "agzo", "--lr", "1e-3", "-o", "lr=1e-4"], "lr is given twice"),
+        (["--out", "x" * 300], "File name too long"),
         (["--method", "fo-sgd", "-o", "momentum=-1"], "method fo-sgd"),
         (["--steps", "0"], "steps must be at least 1, not 0"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
@@ -214,6 +217,24 @@ def test_disk_full_on_the_way(error: Exception, train: Callable[..., Outcome], m
 
     monkeypatch.setattr("zoft.train.run.write_report", fail)
     assert_refused(train(), "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+    ],
+)
+def test_memory_full(error: Exception, train: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a traceback."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("zoft.train.run._fit", fail)
+    assert_refused(train(), "lower --batch-size, --eval-batch-size or --max-length")
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EDQUOT])

@@ -176,6 +176,13 @@ def test_constant_schedule_warms_up(train: Callable[..., Outcome], tmp_path: Pat
     assert rate == pytest.approx(0.003)  # of the fourth step, the first having had 0
 
 
+def test_polynomial_schedule_of_a_small_rate(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Once a traceback: transformers ends it at 1e-7."""
+    assert train("--method", "mezo", "--lr", 1e-7, "--schedule", "polynomial").code == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines if "learning_rate" in line] == [pytest.approx(1e-7 / 4)]
+
+
 def test_keeping_an_earlier_checkpoint_does_not_forget_what_the_run_cost(train: Callable[..., Outcome]) -> None:
     """Coefficients come back with their optimizer's state, and with it the counters of that moment."""
     summary = train("--method", "zo-act", "--lr", 10.0, "--json", steps=8).json()

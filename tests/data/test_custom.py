@@ -53,6 +53,8 @@ def test_generation() -> None:
         ({"template": "no columns"}, "name the columns"),
         ({"template": "{}"}, "name the columns"),
         ({"template": "{open"}, "a brace that is text is written twice"),
+        ({"template": "{price:.2f}"}, "columns are shown as they are; write {price}"),
+        ({"template": "{x!x}"}, "columns are shown as they are; write {x}"),
         ({"metric": "accuracy"}, "metric 'accuracy' does not fit this task; choose from exact_match, f1"),
         ({"template": "{a}", "words": {"0": "a", "1": "b"}, "metric": "f1"}, "choose from accuracy, matthews"),
     ],

@@ -29,7 +29,8 @@ BACKENDS = ("torchao", "bitsandbytes", "torch.utils._pytree")  # PEFT imports th
 PRODUCTS_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-UNWRITABLE |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+UNWRITABLE |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of an accelerator's, of CPUs' allocators
 
 app = typer.Typer(
     name="zoft",
@@ -66,6 +67,8 @@ def main() -> None:
             raise
         fail(f"cannot write {error.filename or 'a file'}: {error.strerror}")
     except Exception as error:
+        if isinstance(error, MemoryError) or any(said in str(error) for said in NO_MEMORY):
+            fail("the memory is full: lower --batch-size, --eval-batch-size or --max-length, or see --memory")
         full = os.strerror(errno.ENOSPC)  # the writers of weights have exceptions of their own for it
         if full not in str(error):
             raise

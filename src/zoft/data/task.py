@@ -115,11 +115,15 @@ class Task:
 def template_columns(template: str) -> tuple[str, ...]:
     """The columns that a template names. Raises UserError if it names none or is broken."""
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError as error:
         raise UserError(f"template {template!r}: {error}; a brace that is text is written twice") from error
+    names = [str(name) for _, name, _, _ in fields]
     if not names or not all(names):
         raise UserError(f"template {template!r}: name the columns to show, such as {{text}}")
+    for _, name, form, conversion in fields:
+        if form or conversion:
+            raise UserError(f"template {template!r}: columns are shown as they are; write {{{name}}}")
     return tuple(names)
 
 

@@ -27,6 +27,7 @@ def training_arguments(config: TrainConfig, task: Task, folder: str) -> Training
             per_device_eval_batch_size=config.eval_batch_size,
             gradient_accumulation_steps=config.accumulate,
             lr_scheduler_type=schedule,
+            lr_scheduler_kwargs={"lr_end": 0.0} if schedule == "polynomial" else None,  # not 1e-7, which a rate may be
             warmup_steps=config.warmup_steps,
             max_grad_norm=0.0,  # gradients are neither computed nor, for the references, clipped
             eval_strategy="steps",
