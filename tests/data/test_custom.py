@@ -36,7 +36,7 @@ def test_generation() -> None:
         task.read({"prompt": "x", "answer": "y"})
     with pytest.raises(UserError, match="an answer is empty"):
         task.read({"prompt": "x", "completion": " "})
-    for value, found in ((None, "null"), ({"a": "b"}, "dict"), (["a", None], "null")):
+    for value, found in ((None, "null"), ({"a": "b"}, "dict"), (["a", None], "null"), (float("nan"), "NaN")):
         with pytest.raises(UserError, match=f"column 'completion' holds {found}, not text"):
             task.read({"prompt": "x", "completion": value})
     assert custom_task(metric="r.py:f", answered=False).read({"prompt": "x", "completion": None})["answers"] == [""]

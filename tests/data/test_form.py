@@ -60,7 +60,12 @@ SHAREGPT = [
 
 @pytest.mark.parametrize(
     "raw",
-    [{"messages": [*TURNS, REPLY]}, {"prompt": TURNS, "completion": [REPLY]}, {"conversations": SHAREGPT}],
+    [
+        {"messages": [*TURNS, REPLY]},
+        {"prompt": TURNS, "completion": [REPLY]},
+        {"conversations": SHAREGPT},
+        {"conversations": [*TURNS, REPLY]},
+    ],
     ids=lambda raw: next(iter(raw)),
 )
 def test_the_last_reply_of_a_conversation_is_learned(chat: PreTrainedTokenizerFast, raw: dict[str, Any]) -> None:

@@ -47,6 +47,20 @@ def test_encodings_and_line_ends(tmp_path: Path) -> None:
     assert load_rows(SST2, tmp_path, "validation") == [{"sentence": 'a, "b"\nc', "label": "1"}]
 
 
+def test_suffixes_in_capitals(tmp_path: Path) -> None:
+    """Once no rows, as some systems name files so."""
+    assert load_rows(SST2, write(tmp_path / "TRAIN.JSONL", rows_of(4)), "train") == rows_of(3)
+    (tmp_path / "validation.CSV").write_text("sentence,label\nx,1\n")
+    assert load_rows(SST2, tmp_path, "validation") == [{"sentence": "x", "label": "1"}]
+
+
+def test_long_fields(tmp_path: Path) -> None:
+    """Once more than Python's limit of 131072 characters was called broken."""
+    (tmp_path / "train.csv").write_text(f"sentence,label\n{'long ' * 40_000},1\n")
+    [row] = load_rows(SST2, tmp_path, "train")
+    assert len(row["sentence"]) == 5 * 40_000 - 1
+
+
 def test_unlabelled_rows_are_left_out(tmp_path: Path) -> None:
     file = write(tmp_path / "train.jsonl", [*rows_of(3), {"sentence": "x", "label": -1}])
     assert load_rows(SST2, tmp_path, "train") == rows_of(3)
@@ -70,12 +84,17 @@ def test_an_answer_may_be_minus_one(tmp_path: Path) -> None:
         ("a.jsonl", b'{"sentence": "x", "label": 1}\n{"sentence": ', "a.jsonl:2: broken JSON at column 14"),
         ("a.jsonl", b"[1]", "a.jsonl:1: expected a JSON object, found list"),
         ("a.jsonl", b'{"sentence": "\xff"}', "a.jsonl: not UTF-8"),
-        ("a.jsonl", b'\n{"text": "x", "label": 1}', "a.jsonl:2: no column 'sentence'; the columns are 'text'"),
+        ("a.jsonl", b'\n{"text": "x", "label": 1}', "'sentence'; the columns are 'text', 'label'; rename yours, or"),
         ("a.jsonl", b'{"sentence": "x", "label": 5}', "a.jsonl:1: column 'label': 5 is none of the labels"),
         ("a.csv", b"sentence,label\nx", "a.csv:2: the row has not as many fields as the header"),
         ("a.csv", b"sentence,label\nx,1,2", "a.csv:2: the row has not as many fields as the header"),
         ("a.csv", b'sentence,label\n"x"y,1', "a.csv:2: broken CSV"),
         ("a.json", b'{"sentence": "x", "label": 1}', "a.json: expected an array of JSON objects; one object a line"),
+        (
+            "a.json",
+            b'{"sentence": "x"}\n{"sentence": "y"}',
+            "expected an array of JSON objects; one object a line belongs",
+        ),
         ("a.json", b'[{"sentence": "x"},\n {"sentence": ]', "a.json: broken JSON at line 2, column 15"),
         ("a.json", b'[{"sentence": "x", "label": 1}, 2]', "a.json row 2: expected a JSON object, found int"),
         ("a.parquet", b"PAR1", "a.parquet: broken Parquet"),

@@ -214,7 +214,7 @@ def test_declaration(name: str) -> None:
 def test_unknown_task() -> None:
     with pytest.raises(UserError, match=r"unknown task 'sst-2'; did you mean sst2\?"):
         load_task("sst-2")
-    with pytest.raises(UserError, match="the tasks are agnews, arc_challenge"):
+    with pytest.raises(UserError, match="choose from agnews, arc_challenge"):
         load_task("zzzz")
 
 

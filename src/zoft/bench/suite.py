@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from zoft.bench.rates import grid_index, rate_name
 from zoft.data import load_task
-from zoft.errors import UserError
+from zoft.errors import UserError, near_miss
 from zoft.optim import Loss, cross_entropy
 from zoft.train.config import TrainConfig, read_yaml
 from zoft.train.optimizers import FIRST_ORDER, PATTERNS, method_options, require_method, zero_order
-from zoft.train.values import as_type, near_miss
+from zoft.train.values import as_type
 
 ZERO_SHOT = "zero-shot"
 HINTS = get_type_hints(TrainConfig)

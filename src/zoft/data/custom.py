@@ -77,6 +77,7 @@ def custom_task(
             label=label or "label",
             passage=columns[0],
             metric=metric,
+            remedy="",
         )
 
     answer = label or "completion"

@@ -10,6 +10,7 @@ from zoft.errors import UserError
 
 from .task import Row
 
+LONGEST = 2**31 - 1  # characters of a CSV field; Python's own limit is that of a few pages
 Places = Iterator[tuple[str, Row]]
 
 
@@ -20,24 +21,30 @@ def file_rows(path: Path) -> Places:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
-    if path.suffix not in READERS:
+    if not is_rows(path):
         raise UserError(f"{path}: expected a {SUFFIXES} file, or a folder with train.jsonl in it")
     try:
-        yield from READERS[path.suffix](path)
+        yield from READERS[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot read it: {error.strerror or error}") from error
 
 
+def is_rows(path: Path) -> bool:
+    """Whether a file of this name holds rows."""
+    return path.suffix.lower() in READERS
+
+
 def split_file(folder: Path, *stems: str) -> Path:
     """The file of one of these names, the first that is there. Raises UserError if none is."""
+    files = {f"{entry.stem}{entry.suffix.lower()}": entry for entry in folder.iterdir()}
     for stem in stems:
         for suffix in READERS:
-            if (file := folder / f"{stem}{suffix}").is_file():
+            if (file := files.get(f"{stem}{suffix}")) and file.is_file():
                 return file
-    files = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
-    raise UserError(f"{folder}: no {stems[0]}.jsonl ({SUFFIXES}); the folder holds {files}")
+    there = ", ".join(sorted(entry.name for entry in files.values())) or "nothing"
+    raise UserError(f"{folder}: no {stems[0]}.jsonl ({SUFFIXES}); the folder holds {there}")
 
 
 def _json_lines(path: Path) -> Places:
@@ -49,7 +56,8 @@ def _json_lines(path: Path) -> Places:
 
 
 def _json_array(path: Path) -> Places:
-    rows = _parsed(path.read_text(encoding="utf-8-sig"), str(path))
+    text = path.read_text(encoding="utf-8-sig")
+    rows = _parsed(text, str(path)) if text.lstrip().startswith("[") else None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected an array of JSON objects; one object a line belongs into a .jsonl file")
     for number, row in enumerate(rows, start=1):
@@ -73,6 +81,7 @@ def _object(row: Any, place: str) -> Row:
 
 
 def _csv_rows(path: Path) -> Places:
+    csv.field_size_limit(LONGEST)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:

@@ -41,7 +41,7 @@ def conversation(row: Row, answered: bool) -> Row:
     if "messages" in row:
         messages = row["messages"]
     elif "conversations" in row:
-        messages = [{"role": SHAREGPT.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]
+        messages = [_message(one) for one in row["conversations"]]
     elif "instruction" in row and "prompt" not in row:
         asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
@@ -65,6 +65,13 @@ def conversation(row: Row, answered: bool) -> Row:
         "answers": [_said(reply) if reply else ""],
         "writing": _writing(row),
     }
+
+
+def _message(one: Any) -> Any:
+    """ShareGPT's message in the usual form, in which some of its data sets have it."""
+    if not isinstance(one, dict) or "from" not in one:
+        return one
+    return {"role": SHAREGPT.get(one["from"], one["from"]), "content": one["value"]}
 
 
 def _said(message: Row) -> Any:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from zoft.errors import UserError
 
-from .files import READERS, Places, file_rows, split_file
+from .files import Places, file_rows, is_rows, split_file
 from .task import Row, Task
 
 Split = Literal["train", "validation"]
@@ -82,7 +82,7 @@ def _own_rows(data: str | Path, split: Split) -> tuple[Places, bool]:
     path, name = Path(data), Path(data).as_posix()
     if path.is_dir():
         return file_rows(split_file(path, *NAMES[split])), False
-    local = path.exists() or path.parent.is_dir() or path.suffix in READERS
+    local = path.exists() or path.parent.is_dir() or is_rows(path)
     if local or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
         return file_rows(path), True
     return _hub_rows(name, split)

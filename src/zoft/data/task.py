@@ -1,6 +1,5 @@
 """What a task is: how a row becomes a prompt and its possible continuations, and how the choice is scored."""
 
-import difflib
 import importlib
 import pkgutil
 import string
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from zoft.errors import UserError
+from zoft.errors import UserError, near_miss
 
 from . import tasks
 
@@ -53,7 +52,7 @@ class Task:
     max_new_tokens: int = 0
     answered: bool = True
     """Whether rows have to have an answer; one without has the empty text."""
-    remedy: str = ""
+    remedy: str = "; rename yours, or leave --task out and name them by --template (and --words, --label)"
     """What to do if a row lacks a column, said after what is there."""
     stop: str | None = None
     """Generated text ends here, if not at the end-of-sequence token before."""
@@ -129,8 +128,10 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 def as_text(value: Any, column: str) -> str:
     """`value`, which `column` holds, as text. Raises UserError if it is neither text nor a number."""
+    if value is None or value != value:  # NaN, as pandas writes what is missing
+        raise UserError(f"column {column!r} holds {'null' if value is None else 'NaN'}, not text")
     if not isinstance(value, str | int | float):
-        raise UserError(f"column {column!r} holds {'null' if value is None else type(value).__name__}, not text")
+        raise UserError(f"column {column!r} holds {type(value).__name__}, not text")
     return str(value)
 
 
@@ -154,7 +155,5 @@ def load_task(name: str) -> Task:
     """The built-in task of that name. Raises UserError if there is none."""
     names = task_names()
     if name not in names:
-        close = difflib.get_close_matches(name.lower(), names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"the tasks are {', '.join(names)}"
-        raise UserError(f"unknown task {name!r}; {hint}")
+        raise UserError(f"unknown task {name!r}; {near_miss(name, names)}")
     return importlib.import_module(f"{tasks.__name__}.{name}").TASK

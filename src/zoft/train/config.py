@@ -11,12 +11,12 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from zoft.data import LIKELIHOOD, Task, custom_task, first_row, form_of, is_reward, load_reward, load_task, parse_words
-from zoft.errors import UserError
+from zoft.errors import UserError, near_miss
 from zoft.train.files import free_folder, write_text
 from zoft.train.models import DTYPES, QUANTIZED, find_device
 from zoft.train.offload import memory_size
 from zoft.train.optimizers import AUTO, COEFFICIENTS, FIRST_ORDER, method_options, require_method, usual_schedule
-from zoft.train.values import as_type, near_miss
+from zoft.train.values import as_type
 
 ComputeDtype = Literal["auto", "weights", "float32"]  # `zoft.train.arithmetic`
 LOSS = "loss"

