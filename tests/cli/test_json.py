@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from .conftest import Outcome
 
 
@@ -35,3 +37,11 @@ def test_methods(zoft: Callable[..., Outcome]) -> None:
     found = zoft("methods", "--json").json()
     assert found.keys() == {"mezo", "lozo", "lozo-m", "agzo", "zo-act", "aim-zo", "guided"}
     assert found["agzo"]["lr"] > 0
+
+
+def test_methods_in_80_columns(zoft: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once cells were cut."""
+    monkeypatch.setenv("COLUMNS", "80")
+    said = zoft("methods").out
+    assert "…" not in said and "leave-one-out" in said and "coefficients" in said
+    assert max(len(line.rstrip()) for line in said.splitlines()) <= 80

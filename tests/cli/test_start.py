@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from zoft.train import TrainConfig
+
 SLOW = {"torch", "transformers", "numpy", "datasets", "matplotlib"}
 SCRIPT = f"""
 import sys
@@ -39,6 +41,13 @@ def test_help_imports_nothing_slow() -> None:
         assert found.returncode == 0
         assert "Usage" in found.stdout
         assert found.stdout.splitlines()[-1].strip() == "imported:"
+
+
+def test_help_says_the_defaults() -> None:
+    said = python("-m", "zoft", "train", "--help", env=os.environ | {"COLUMNS": "400"}).stdout.splitlines()
+    for name in ("samples", "steps", "batch_size", "accumulate", "dev_examples", "eval_steps", "eval_batch_size"):
+        [line] = [line for line in said if f"│ --{name.replace('_', '-')} " in line]
+        assert f"Default: {getattr(TrainConfig, name)}." in line
 
 
 def test_mistake(tmp_path: Path) -> None:

@@ -183,6 +183,13 @@ def test_polynomial_schedule_of_a_small_rate(train: Callable[..., Outcome], tmp_
     assert [line["learning_rate"] for line in lines if "learning_rate" in line] == [pytest.approx(1e-7 / 4)]
 
 
+def test_folders_are_said_as_they_are_called(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Once brackets were read as markup, and lines to a pipe broken after 80 characters."""
+    out = tmp_path / f"[b]mine {'x' * 80}"
+    lines = train("--method", "mezo", out=out, steps=2).out.splitlines()
+    assert f"report: {out / 'report.html'}" in lines and f"model: {out / 'model'}" in lines
+
+
 def test_keeping_an_earlier_checkpoint_does_not_forget_what_the_run_cost(train: Callable[..., Outcome]) -> None:
     """Coefficients come back with their optimizer's state, and with it the counters of that moment."""
     summary = train("--method", "zo-act", "--lr", 10.0, "--json", steps=8).json()

@@ -155,12 +155,12 @@ def run_suite(results: Results, data: Path | None, only: Sequence[str], console:
                     continue
                 done = sum(len(standing.records) for standing in places.values())
                 left = sum(len(standing.ready) + standing.later for standing in places.values())
-                console.print(f"[bold]{done + 1} of about {done + left}[/]: {cell.name}")
+                console.print(f"{done + 1} of about {done + left}: {cell.name}", style="bold")
                 with console.status("running"):
                     run_cell(cell, results.path(cell), data)
             record = results.find(cell)
             assert record is not None
-            console.print(f"  {describe(record)}; about {duration(seconds_left(results, places))} left", markup=False)
+            console.print(f"  {describe(record)}; about {duration(seconds_left(results, places))} left")
             waiting = False
             break
         else:

@@ -64,7 +64,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 
 
 def console(quiet: bool) -> Console:
-    """A console for people: silent if the output is JSON. Keeps other libraries from talking over it."""
+    """A console for people: silent if the output is JSON. Keeps other libraries from talking over it.
+
+    What is in brackets is text, not markup, and in a file or a pipe lines are as long as they are.
+    """
     from logging import ERROR, getLogger
 
     from rich.console import Console
@@ -74,16 +77,20 @@ def console(quiet: bool) -> Console:
     getLogger("accelerate").setLevel(ERROR)
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    return Console(quiet=quiet, highlight=False)
+    return Console(quiet=quiet, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
 
 
 def print_summary(console: Console, summary: dict[str, Any], out: Path) -> None:
     """What a run came to, in words, and where it lies."""
-    changes = (f"{name} [bold]{old:.3f} -> {new:.3f}[/]" for name, (old, new) in summary["metrics"].items())
+    from rich.markup import escape
+
+    metrics = summary["metrics"].items()
+    changes = (f"{escape(name)} [bold]{old:.3f} -> {new:.3f}[/]" for name, (old, new) in metrics)
     console.print(
         f"{', '.join(changes)} on {summary['examples']['validation']} validation rows, after "
         f"{summary['forwards']} forwards in {summary['seconds']:.0f} s "
-        f"({summary['peak_memory_bytes'] / 2**30:.1f} GiB at most)"
+        f"({summary['peak_memory_bytes'] / 2**30:.1f} GiB at most)",
+        markup=True,
     )
     for kind in ("model", "adapter"):
         if (out / kind).is_dir():

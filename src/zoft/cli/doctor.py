@@ -117,7 +117,7 @@ def doctor(
         table.add_row(f"error, {sides}", *(f"{error:.2f}" for error in errors))
     console.print(table)
     for line in _advice(found, forecast, method, steps):
-        console.print(line)
+        console.print(line, markup=True)
     if energy is not None:
         shares = ", ".join(f"{share:.0%} at rank {rank}" for rank, share in energy.items())
         console.print(f"the activations' leading directions capture of the gradient's energy: {shares}")

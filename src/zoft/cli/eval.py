@@ -74,6 +74,6 @@ def evaluate(
         return
     name = result["metric"]
     console.print(
-        f"{result['task']}, {shots} shots: {name} [bold]{result[name]:.4f}[/] on {result['examples']} rows "
+        f"{result['task']}, {shots} shots: {name} {result[name]:.4f} on {result['examples']} rows "
         f"in {result['seconds']:.1f} s" + (f" ({result['truncated']} shortened)" if result["truncated"] else "")
     )

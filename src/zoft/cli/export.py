@@ -33,12 +33,12 @@ def export(
     if to == "merged":
         rounding = export.merge(model, out, dtype)
         result = {"to": to, "out": str(out), "rounding": rounding}
-        console.print(f"{out}: rounding has cost [bold]{rounding:.1%}[/] of the update" if rounding else f"{out}")
+        console.print(f"{out}: rounding has cost {rounding:.1%} of the update" if rounding else f"{out}")
     else:
         found = export.learned(model, base, rank)
         (export.to_peft if to == "peft" else export.to_gguf)(found, out)
         result = {"to": to, "out": str(out), "energy": found.energy, "left_out": found.left_out}
-        console.print(f"{out}: {len(found.factors)} layers, [bold]{found.energy:.1%}[/] of the energy of their change")
+        console.print(f"{out}: {len(found.factors)} layers, {found.energy:.1%} of the energy of their change")
         if found.left_out:
             console.print(f"left out: {len(found.left_out)} changed parameters such as {found.left_out[0]}")
     if as_json:

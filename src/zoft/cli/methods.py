@@ -8,16 +8,22 @@ from zoft.cli import common
 
 
 def methods(as_json: common.Json = False) -> None:
-    """List the zeroth-order methods: where each stands on the three axes, and its defaults."""
+    """List the methods that need forward passes only: where each stands on the three axes, and its defaults."""
     found = _describe()
     if as_json:
         common.print_json(found)
         return
     from rich.table import Table
 
-    table = Table("method", *next(iter(found.values())), box=None)
-    for name, facts in found.items():
-        table.add_row(name, *map(str, facts.values()))
+    rows = [
+        ("method", *next(iter(found.values()))),
+        *((name, *map(str, facts.values())) for name, facts in found.items()),
+    ]
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # as narrow as its words: 80 columns
+    for header, *cells in zip(*rows, strict=True):
+        table.add_column(header, min_width=max(map(len, " ".join((header, *cells)).split())))
+    for row in rows[1:]:
+        table.add_row(*row)
     common.console(quiet=False).print(table)
 
 

@@ -18,7 +18,9 @@ from zoft.options import parse_options
 def train(
     model: Annotated[
         str | None,
-        typer.Argument(help="Hub id, folder, .gguf file, or the word *demo* (SmolLM2-135M-Instruct)."),
+        typer.Argument(
+            help="Hub id, folder, run or adapter to go on from, .gguf file, or the word *demo* (SmolLM2-135M-Instruct)."
+        ),
     ] = None,
     task: common.TaskName = None,
     data: common.Data = None,
@@ -27,10 +29,11 @@ def train(
         typer.Option(help="What to train for: loss, a metric such as f1, or a reward, FILE.py:FUNCTION."),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Answers drawn for a prompt, where generated text is measured and not probed.")
+        int | None,
+        typer.Option(help="Answers drawn for a prompt, where generated text is measured and not probed. Default: 4."),
     ] = None,
     method: Annotated[str | None, typer.Option(help="auto, one of *zoft methods*, or fo-sgd, fo-adamw, lora.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the optimizer.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimizer. Default: 300.")] = None,
     lr: Annotated[str | None, typer.Option(help="Learning rate, or auto: measure it. Default: the method's.")] = None,
     eps: Annotated[
         str | None,
@@ -39,18 +42,24 @@ def train(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="An option of the method, such as -o rank=4. Repeatable.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples in a batch.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches in a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a batch. Default: 16.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches in a step. Default: 1.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Of the learning rate: constant, linear, cosine, ...")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps over which the learning rate rises.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Decoupled weight decay.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the data's order and all noise.")] = None,
     out: common.Out = None,
     train_examples: Annotated[int | None, typer.Option(help="Training rows. Default: as many as the run sees.")] = None,
-    dev_examples: Annotated[int | None, typer.Option(help="Rows held out of train to choose the checkpoint.")] = None,
+    dev_examples: Annotated[
+        int | None, typer.Option(help="Rows held out of train to choose the checkpoint, at most a fifth. Default: 200.")
+    ] = None,
     eval_examples: Annotated[int | None, typer.Option(help="Validation rows. Default: all.")] = None,
-    eval_steps: Annotated[int | None, typer.Option(help="Evaluate on the held-out rows every so many steps.")] = None,
-    eval_batch_size: Annotated[int | None, typer.Option(help="Examples in a batch of an evaluation.")] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Evaluate on the held-out rows every so many steps. Default: 50.")
+    ] = None,
+    eval_batch_size: Annotated[
+        int | None, typer.Option(help="Examples in a batch of an evaluation. Default: 32.")
+    ] = None,
     save_steps: Annotated[int | None, typer.Option(help="Checkpoint every so many steps, and keep the last.")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of an example; what is longer loses its passage's end.")

@@ -22,7 +22,7 @@ from zoft.errors import UserError
 from zoft.numbers import finite
 from zoft.optim import ZeroOrder, obstacle
 from zoft.optim.ranks import Ranks
-from zoft.train.files import write_text
+from zoft.train.files import write_bytes
 from zoft.train.identity import require_same
 from zoft.train.memory import peak_memory_bytes
 from zoft.train.steplog import (
@@ -72,7 +72,7 @@ class RunLog(TrainerCallback):
             last = json.loads(kept[-1])
             self.seconds, self._peak = last["seconds"], last.get("peak_memory_bytes", 0)  # earlier versions noted none
         if self._writes:
-            write_text(self.path, b"".join(kept).decode())
+            write_bytes(self.path, b"".join(kept))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started = time.perf_counter()
@@ -115,9 +115,7 @@ class StepLog(TrainerCallback):
             UserError: the log is of another run, or damaged before the checkpoint.
         """
         if state.global_step == 0 or not self.path.is_file():
-            aside = self.path.with_suffix(".tmp")
-            aside.write_bytes(new_log(self._run))
-            os.replace(aside, self.path)
+            write_bytes(self.path, new_log(self._run))
             return
         log = read_log(self.path)
         require_same(self._run, log.run, self.path)

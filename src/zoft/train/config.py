@@ -87,7 +87,8 @@ class TrainConfig:
             self.eps = own["eps"] if self.eps is None else self.eps
             self.schedule = self.schedule or ("constant" if self.seconds else usual_schedule(self.method))
         elif self.method_options:
-            raise UserError(f"method auto sets its options itself: leave {next(iter(self.method_options))} out")
+            first = next(iter(self.method_options))
+            raise UserError(f"method auto sets its options itself: leave {first} out, or name the method (guided, ...)")
         self.out = self.out or str(free_folder(Path("runs") / f"{self.task or 'own'}-{self.method}"))
         self._check()
 

@@ -18,11 +18,16 @@ from zoft.errors import UserError
 from zoft.numbers import finite
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` aside and rename it into place."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` aside and rename it into place."""
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_bytes(content)
     os.replace(aside, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as `write_bytes` does."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

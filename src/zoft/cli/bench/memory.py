@@ -89,7 +89,7 @@ def print_failures(console: Console, records: list[dict[str, Any]]) -> None:
         console.print("this system cannot reset a process's peak: what loading the model took is in every figure")
     for record in records:
         if record["failed"]:
-            console.print(f"{record['method']} at length {record['length']} failed: {record['failed']}", markup=False)
+            console.print(f"{record['method']} at length {record['length']} failed: {record['failed']}")
 
 
 def memory_point(point: str) -> None:
