@@ -55,7 +55,7 @@ def test_the_forecast_is_of_the_methods_own_probes(doctor: Callable[..., Outcome
     """Once every step was taken for two forwards."""
     for probes, forwards in ((1, 2), (8, 9)):
         found = doctor("--method", "zo-act", "-o", f"probes={probes}", "--steps", 10**6, "--json").json()
-        assert found["seconds"] == pytest.approx(forwards * 10**6 * found["seconds_per_forward"], rel=0.1)
+        assert found["seconds"] == pytest.approx(forwards * 10**6 * found["seconds_per_forward"], rel=0.3)
 
 
 def test_options_reach_the_method(doctor: Callable[..., Outcome]) -> None:

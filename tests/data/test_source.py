@@ -84,7 +84,7 @@ def test_an_answer_may_be_minus_one(tmp_path: Path) -> None:
         ("a.jsonl", b'{"sentence": "x", "label": 1}\n{"sentence": ', "a.jsonl:2: broken JSON at column 14"),
         ("a.jsonl", b"[1]", "a.jsonl:1: expected a JSON object, found list"),
         ("a.jsonl", b'{"sentence": "\xff"}', "a.jsonl: not UTF-8"),
-        ("a.jsonl", b'\n{"text": "x", "label": 1}', "'sentence'; the columns are 'text', 'label'; rename yours, or"),
+        ("a.jsonl", b'\n{"text": "x", "label": 1}', "a.jsonl:2: no column 'sentence'; .*; rename yours, or"),
         ("a.jsonl", b'{"sentence": "x", "label": 5}', "a.jsonl:1: column 'label': 5 is none of the labels"),
         ("a.csv", b"sentence,label\nx", "a.csv:2: the row has not as many fields as the header"),
         ("a.csv", b"sentence,label\nx,1,2", "a.csv:2: the row has not as many fields as the header"),

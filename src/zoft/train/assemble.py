@@ -37,8 +37,10 @@ from zoft.train.task_trainer import TaskTrainer
 from zoft.train.watch import Watch
 
 FIRST_ORDER_STEP = 3  # forwards that a forward and a backward cost
-LEFT = ("model", "adapter", INITIAL, "checkpoint-*", "initial.json", "summary.json", "examples.json", "metrics.jsonl")
-LEFT += (LOG, "report.html")  # by a run in its folder, after config.yaml
+LEFT = (  # by a run in its folder, after config.yaml
+    *("model", "adapter", INITIAL, "checkpoint-*"),
+    *("initial.json", "summary.json", "examples.json", "metrics.jsonl", LOG, "report.html"),
+)
 TEXTS = 0.5  # share of the tokens learned from which going through attention is worth its time (docs/results.md)
 
 
