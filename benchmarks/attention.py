@@ -1,11 +1,12 @@
-"""Is it worth carrying guided's error through attention, its pattern held fixed? Cosines, and training on running text.
+"""Is it worth carrying guided's error through attention? Cosines, and training on running text.
 
-    python benchmarks/attention.py --data DATA
+    python benchmarks/attention.py cosine --data DATA
+    python benchmarks/attention.py text --data DATA
 
 SmolLM2-135M-Instruct. Cosines with the true gradient of all linear layers in float32, three batches of each of SST-2,
-RTE, TREC and WikiText-2, as benchmarks/cosines.py has them. Then 60 steps on WikiText-2's test text (batches of 8 x 64
+RTE, TREC and WikiText-2, as benchmarks/cosines.py has them. Or 60 steps on WikiText-2's test text (batches of 8 x 64
 tokens, every one of them predicted; bfloat16, lr 1e-3 falling linearly), and the loss on 12 such batches of its
-validation text after every 15, with three orders of the batches. Writes results/attention/text.json.
+validation text after every 15, with three orders of the batches. Writes results/attention/cosine.json or text.json.
 """
 
 from __future__ import annotations
@@ -32,14 +33,21 @@ FILES = (("test", STEPS), ("validation", HELD_TEXTS))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["cosine", "text"])
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder of rows for each task")
-    data = parser.parse_args().data
-    facts: dict[str, Any] = {"batch": BATCH, "cosine": cosines(data), "text": {}}
+    given = parser.parse_args()
+    measure = cosines if given.what == "cosine" else texts
+    write_json(RESULTS / "attention" / f"{given.what}.json", {"batch": BATCH, given.what: measure(given.data)})
+
+
+def texts(data: Path) -> dict[str, list[list[float]]]:
+    """The losses of each variant, by the order of the batches."""
+    found: dict[str, list[list[float]]] = {name: [] for name in VARIANTS}
     for order in range(ORDERS):
         for name, attention in VARIANTS.items():
-            facts["text"].setdefault(name, []).append(trained(data / TEXT, attention, order))
-            print(order, name, facts["text"][name][-1], flush=True)
-            write_json(RESULTS / "attention" / "text.json", facts)
+            found[name].append(trained(data / TEXT, attention, order))
+            print(order, name, found[name][-1], flush=True)
+    return found
 
 
 def cosines(data: Path) -> dict[str, Any]:
