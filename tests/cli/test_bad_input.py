@@ -33,7 +33,7 @@ def assert_refused(outcome: Outcome, message: str, out: Path | None = None) -> N
         (["--method", "agz"], "did you mean agzo?"),
         (["--method", "nothing-like-it"], "choose from auto, mezo, lozo"),
         (["--method", "agzo", "-o", "ranks=2"], "did you mean rank?"),
-        (["-o", "rank=2"], "leave rank out, or name the method (guided, ...)"),
+        (["-o", "rank=2"], "leave rank out, or name the method, as in --method guided"),
         (["-o", "rank"], "not of the form name=value"),
         (["--method", "agzo", "-o", "rank=0"], "rank"),
         (["--method", "agzo", "-o", "rank=abc"], "rank must be of type int, not 'abc'"),

@@ -88,7 +88,8 @@ class TrainConfig:
             self.schedule = self.schedule or ("constant" if self.seconds else usual_schedule(self.method))
         elif self.method_options:
             first = next(iter(self.method_options))
-            raise UserError(f"method auto sets its options itself: leave {first} out, or name the method (guided, ...)")
+            remedy = f"leave {first} out, or name the method, as in --method guided"
+            raise UserError(f"method auto sets its options itself: {remedy}")
         self.out = self.out or str(free_folder(Path("runs") / f"{self.task or 'own'}-{self.method}"))
         self._check()
 
