@@ -68,7 +68,7 @@ def test_answers_drawn_lead_to_the_reward(
     assert summary["forwards"] == forwards
     assert summary["best_dev"] > summary["initial_dev"] + 0.05
     found = losses(out)
-    assert found[-1] < found[0] - 0.03
+    assert found[-1] < found[0] - 0.02
 
 
 def test_prompts_alone_can_be_measured(zoft: Callable[..., Outcome], model: Path, reward: str, prompts: Path) -> None:
