@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("method, settled, forwards", [("agzo", "agzo", 12), ("auto", "guided", 6)])
+@pytest.mark.parametrize("method, settled, forwards", [("agzo", "agzo", 8), ("auto", "guided", 4)])
 def test_a_pretrained_model_trains_on_the_bundled_sample(
     method: str, settled: str, forwards: int, tmp_path: Path
 ) -> None:
@@ -28,11 +28,11 @@ def test_a_pretrained_model_trains_on_the_bundled_sample(
         "--lr",
         "3e-5",
         "--steps",
-        "6",
+        "4",
         "--batch-size",
         "4",
         "--eval-steps",
-        "6",
+        "4",
         "--dev-examples",
         "4",
         "--dtype",
