@@ -72,7 +72,7 @@ def test_rows_kept_for_the_way_back_lie_together(monkeypatch: pytest.MonkeyPatch
     take = Kept.take
 
     def see(self: Kept, *arguments: object) -> torch.Tensor:
-        kept.extend((*self.coordinates.values(), *self.outputs.values(), *self.inputs.values()))
+        kept.extend((*self.learned_from.values(), *self.outputs.values(), *self.inputs.values()))
         return take(self, *arguments)
 
     monkeypatch.setattr(Kept, "take", see)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,7 @@ def apply(optimizer: ZeroOrder, estimate: Estimate) -> None:
         else:
             for name, move in zip(names, torch._foreach_mul(moves, -lr), strict=True):
                 optimizer.pending.add(name, move, optimizer.bases[name], decay)
+    _move_bases(optimizer, estimate, lr)
     optimizer.pending.end_step()
     if optimizer.pending.steps >= optimizer.fold_every:
         optimizer.fold()
@@ -47,6 +49,22 @@ def apply(optimizer: ZeroOrder, estimate: Estimate) -> None:
             add_noise_(gradient, terms, ())
             (move,) = optimizer.update([gradient], [optimizer.updates.setdefault(name, {})])
             add_dense_(parameter, move * -lr, rounding, shrink)
+
+
+def _move_bases(optimizer: ZeroOrder, estimate: Estimate, lr: float) -> None:
+    """Move bases that are trained; layers that share one move it together."""
+    sharing: dict[int, list[str]] = {}
+    for name in estimate.bases:
+        sharing.setdefault(id(optimizer.bases[name]), []).append(name)
+    groups = list(sharing.values())
+    for start in range(0, len(groups), LAYERS):
+        some = groups[start : start + LAYERS]
+        sums = [reduce(torch.add, [estimate.bases[name] for name in names]) for names in some]
+        first = [names[0] for names in some]
+        moves = optimizer.update(
+            torch._foreach_div(sums, estimate.count), [optimizer.basis_updates.setdefault(name, {}) for name in first]
+        )
+        optimizer.branches.move_bases(first, torch._foreach_mul(moves, -lr))
 
 
 def rounding_key(optimizer: ZeroOrder) -> Key:

@@ -33,7 +33,7 @@ def patterns(**given: Sequence[str]) -> None:
             raise ValueError(f"{name} must be a list of patterns, such as [{value!r}]")
 
 
-def axes(subspace: Subspace, update: Update, others: str) -> None:
+def axes(subspace: Subspace, estimator: Estimator, update: Update, others: str) -> None:
     """Raises ValueError if one asks of another what it does not have."""
     if others not in ("frozen", "gaussian"):
         raise ValueError(f"others must be 'frozen' or 'gaussian', not {others!r}")
@@ -42,6 +42,8 @@ def axes(subspace: Subspace, update: Update, others: str) -> None:
             raise ValueError("coefficients need a basis that stays: Activation(renew_every=None)")
         if others != "frozen":
             raise ValueError("coefficients leave every other parameter frozen: others must be 'frozen'")
+    elif isinstance(estimator, Guided) and estimator.train_bases:
+        raise ValueError("bases are trained with the coefficients: train_bases takes into='coefficients'")
 
 
 def writable(model: nn.Module, maps: Sequence[LinearMap], dense: dict[str, nn.Parameter], update: Update) -> None:

@@ -22,6 +22,7 @@ def pack(optimizer: ZeroOrder) -> dict[str, Any]:
             "bases": {name: bases[id(basis)] for name, basis in optimizer.bases.items()},
             "coefficients": optimizer.coefficients,
             "updates": optimizer.updates,
+            "basis_updates": optimizer.basis_updates,
         },
         "active": [m.name for m in optimizer.branches.active],
         "renewed_at": optimizer.renewed_at,
@@ -49,10 +50,13 @@ def unpack(optimizer: ZeroOrder, packed: dict[str, Any]) -> None:
     for own, loaded in ((optimizer.bases, state["bases"]), (optimizer.coefficients, state["coefficients"])):
         own.clear()
         own.update(_moved(loaded, devices))
-    optimizer.updates = {
-        name: {k: v if v.dim() == 0 else v.to(devices[name]) for k, v in values.items()}
-        for name, values in state["updates"].items()
-    }
+    optimizer.updates, optimizer.basis_updates = (
+        {
+            name: {k: v if v.dim() == 0 else v.to(devices[name]) for k, v in values.items()}
+            for name, values in updates.items()
+        }
+        for updates in (state["updates"], state.get("basis_updates", {}))  # states of before have none
+    )
     optimizer.branches.active = [m for m in optimizer.maps if m.name in packed["active"]]
     optimizer.renewed_at, optimizer.seed = packed["renewed_at"], packed["seed"]
     optimizer.counters = type(optimizer.counters)(**packed["counters"])

@@ -26,12 +26,14 @@ Shape = Literal["rank", "zscore"]
 class Estimate:
     """A gradient estimate: ``C A^T`` for each linear map, and ``sum of c z`` for the dense parameters.
 
-    `factors` holds C, float32 [d_out, r], by map name; `dense` the noise streams z with their c. After `merge`,
-    both are sums over `count` batches, and the gradient estimate is their mean. Of a single batch, `probed` holds the
-    directions probed and what was found along each, float64 [] or [examples].
+    `factors` holds C, float32 [d_out, r], by map name; `dense` the noise streams z with their c; `bases`, where bases
+    are trained too, what was found for them, float32 [d_in, r]. After `merge`, all are sums over `count` batches, and
+    the gradient estimate is their mean. Of a single batch, `probed` holds the directions probed and what was found
+    along each, float64 [] or [examples].
     """
 
     factors: dict[str, Tensor] = field(default_factory=dict)
+    bases: dict[str, Tensor] = field(default_factory=dict)
     dense: list[tuple[Key, float]] = field(default_factory=list)
     count: int = 0
     probed: list[tuple[Direction, Tensor]] = field(default_factory=list)
@@ -57,14 +59,19 @@ class Estimate:
 
     def merge(self, other: Estimate, scale: float = 1.0) -> None:
         """Add `other`, times `scale`, as one more estimate."""
-        for name, factor in other.factors.items():
-            self.add_factor(name, factor if scale == 1 else factor * scale)
+        for theirs, add in ((other.factors, self.add_factor), (other.bases, self.add_basis)):
+            for name, found in theirs.items():
+                add(name, found if scale == 1 else found * scale)
         self.dense.extend((key, c * scale) for key, c in other.dense)
         self.count += 1
 
     def add_factor(self, name: str, factor: Tensor) -> None:
         """Add `factor` [d_out, r] to the left factor of map `name`."""
         self.factors[name] = self.factors[name] + factor if name in self.factors else factor
+
+    def add_basis(self, name: str, found: Tensor) -> None:
+        """Add `found` [d_in, r] to what was found for the basis of map `name`."""
+        self.bases[name] = self.bases[name] + found if name in self.bases else found
 
 
 class Estimator(Protocol):

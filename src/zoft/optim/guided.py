@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from zoft.optim.block import Writer
 from zoft.optim.capture import Tokens
 from zoft.optim.estimator import Estimate
-from zoft.optim.kept import Kept, called, coordinates, keeping
+from zoft.optim.gradients import Gradients
+from zoft.optim.kept import Kept, called, keeping
 from zoft.optim.landscape import Divisible, Landscape
 from zoft.optim.loss import Differentiated
 from zoft.optim.placement import unrounded
@@ -65,6 +66,9 @@ class Guided:
     the error is the same for all of them, and with `two_pass` it is known before a second pass, in which each factor is
     taken as its layer is called: nothing is kept per layer.
 
+    With `train_bases`, what is found for the bases is added to the estimate as well (`zoft.optim.gradients`), for which
+    whole inputs are kept instead of their coordinates in the bases.
+
     Where the closure returns a `Loss` with its slope, and the logits come straight from a linear head that is not
     trained, all is in closed form. Else autograd takes the slope of the loss, back to the end of the stream and no
     further, and what follows it (a classifier) is trained by what it finds there.
@@ -79,6 +83,7 @@ class Guided:
     attention: bool = False
     two_pass: bool = False
     attention_after: int = 0
+    train_bases: bool = False
     _stream: Stream | None = field(default=None, repr=False)
     _head: Head | None = field(default=None, repr=False)  # at whose logits the closure gives its slope
 
@@ -131,8 +136,8 @@ class Guided:
                 return loss, gradients
             losses.append(loss)
         landscape.forwards = before + (landscape.forwards - before) // len(parts)
-        for factor in estimate.factors.values():
-            factor /= len(parts)
+        for found in (*estimate.factors.values(), *estimate.bases.values()):
+            found /= len(parts)
         return mean(losses), []
 
     def _carried(
@@ -140,13 +145,14 @@ class Guided:
     ) -> tuple[float, list[float]]:
         """The estimate from one forward pass, through attention two."""
         ranks, kept = landscape.ranks, Kept(Tokens(everywhere=through_attention))
+        gradients = Gradients(landscape.branches, estimate, self.train_bases)
         if self._head is None:
             behind = {name: layer.module for name, layer in landscape.branches.named.items() if name in stream.behind}
-            take = partial(_take, landscape, estimate)
+            take = partial(_take, gradients)
             landscape.closure = Differentiated(landscape.closure, stream.norm.module, stream.times, behind, take)
         blocks = [] if self.two_pass or through_attention else stream.blocks
         with (
-            keeping(landscape, kept, blocks, {stream.norm.module}, feed_forward=self.feed_forward),
+            keeping(landscape.model, gradients, kept, blocks, {stream.norm.module}, feed_forward=self.feed_forward),
             called(stream.blocks if through_attention else ()) as calls,
         ):
             loss = landscape.clean()
@@ -154,7 +160,7 @@ class Guided:
             return loss, [loss]
         if landscape.error is None:
             raise TypeError("the guided estimate needs the loss's slope, which the closure gave before")
-        way = WayBack(landscape, estimate, kept, calls, self.feed_forward, through_attention)
+        way = WayBack(landscape.model, gradients, kept, calls, self.feed_forward, through_attention)
         with unrounded(stream.norm.gain.device):
             error = way.to_end(stream, self._head, landscape.error())
             landscape.error = None  # the logits are no longer needed
@@ -162,9 +168,10 @@ class Guided:
                 way.through(stream, error)
                 landscape.forwards += int(through_attention)  # every block ran once more
         if self.two_pass:
-            with _taken(landscape, estimate, stream, error):
+            with _taken(landscape.model, gradients, stream, error):
                 landscape.forward()
         estimate.factors = ranks.average(estimate.factors, landscape.losses.numel())
+        estimate.bases = ranks.average(estimate.bases, landscape.losses.numel())
         return loss, []
 
     def __str__(self) -> str:
@@ -172,26 +179,26 @@ class Guided:
 
 
 @contextmanager
-def _taken(landscape: Landscape, estimate: Estimate, stream: Stream, error: Tensor) -> Iterator[None]:
-    """While open, a forward pass adds each writer's factor once it is called, for the same `error` at all of them."""
+def _taken(model: nn.Module, gradients: Gradients, stream: Stream, error: Tensor) -> Iterator[None]:
+    """While open, a forward pass adds what each writer learns as it is called, for one `error` at all of them."""
     kept = Kept()
 
     def take(writer: Writer) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            kept.take(writer, error, estimate)
+            kept.take(writer, error, gradients)
 
         return see
 
     with ExitStack() as handles:
-        handles.enter_context(keeping(landscape, kept, stream.blocks))
+        handles.enter_context(keeping(model, gradients, kept, stream.blocks))
         for writer in stream.writers:
             (last,) = [writer.norm.module] if writer.norm else writer.map.modules
             handles.callback(last.register_forward_hook(take(writer)).remove)
         yield
 
 
-def _take(landscape: Landscape, estimate: Estimate, name: str, x: Tensor, error: Tensor) -> None:
-    """Add the factor of the map called `name`, by its input and the `error` at its output."""
-    basis = landscape.branches.basis(name)
-    if basis is not None:
-        estimate.add_factor(name, error.t() @ coordinates(x, basis))
+def _take(gradients: Gradients, name: str, x: Tensor, error: Tensor) -> None:
+    """Add what the map called `name` learns, by its input and the `error` at its output."""
+    kept = gradients.keep(name, x)
+    if kept is not None:
+        gradients.add(name, kept, error)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from zoft.optim.attention import Attended, Pattern, attended
 from zoft.optim.block import Block, Writer
 from zoft.optim.capture import Tokens
-from zoft.optim.estimator import Estimate
-from zoft.optim.landscape import Landscape, uncompiled
+from zoft.optim.gradients import Gradients
+from zoft.optim.landscape import uncompiled
 from zoft.optim.layers import input_of
-from zoft.optim.placement import autocast_dtype, device_of, unrounded
+from zoft.optim.placement import autocast_dtype, device_of
 from zoft.optim.recording import close, first_tensor
 from zoft.optim.shelf import Shelf
 
@@ -32,26 +32,27 @@ class Kept:
     """Rows [rows, d] at the positions read."""
 
     tokens: Tokens = field(default_factory=Tokens)
-    coordinates: dict[str, Tensor] = field(default_factory=dict)  # x A by map name, of writers and what is in outputs
+    learned_from: dict[str, Tensor] = field(default_factory=dict)  # by map name, of writers and what is in outputs
     outputs: dict[str, Tensor] = field(default_factory=dict)  # of inner maps of feed-forward parts and of attention
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of norms, feed-forward parts and attention
     patterns: dict[str, Pattern] = field(default_factory=dict)  # of attention, by its values' map name
     shelf: Shelf = field(default_factory=Shelf)
 
-    def take(self, writer: Writer, error: Tensor, estimate: Estimate) -> Tensor:
-        """Add the factor of `writer`, by the `error` at the stream; return the error at the writer's output."""
+    def take(self, writer: Writer, error: Tensor, gradients: Gradients) -> Tensor:
+        """Add what `writer` learns, by the `error` at the stream; return the error at the writer's output."""
         error = error * writer.gain
         if writer.norm is not None:
             error = writer.norm.pull(self.inputs.pop(writer.norm.module), error)
-        inputs = self.coordinates.pop(writer.map.name, None)
+        inputs = self.learned_from.pop(writer.map.name, None)
         if inputs is not None:
-            estimate.add_factor(writer.map.name, error.t() @ inputs)
+            gradients.add(writer.map.name, inputs, error)
         return error
 
 
 @contextmanager
 def keeping(
-    landscape: Landscape,
+    model: nn.Module,
+    gradients: Gradients,
     kept: Kept,
     blocks: Sequence[Block],
     modules: Set[nn.Module] = frozenset(),
@@ -69,16 +70,16 @@ def keeping(
     attentions = [writer.attention for writer in writers if writer.attention and attention]
     norms = {writer.norm.module for writer in writers if writer.norm}.union(*(block.norms for block in blocks))
     readers = {part.reader for part in parts} | {part.reader for part in attentions}
-    branches, tokens = landscape.branches, kept.tokens
+    tokens = kept.tokens
     values: list[str] = []  # the latest map of values that was called
 
     def see_map(name: str, inner: bool) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = None if inner and tokens.count > FEW and not attention else tokens.read(input_of(args, kwargs))
             y = tokens.read(output) if inner and x is not None else None
-            basis = branches.basis(name)
-            if x is not None and basis is not None:
-                kept.coordinates[name] = kept.shelf.put(coordinates(x, basis))
+            inputs = None if x is None else gradients.keep(name, x)
+            if inputs is not None:
+                kept.learned_from[name] = kept.shelf.put(inputs)
             if y is not None:
                 kept.outputs[name] = kept.shelf.put(y)
 
@@ -102,7 +103,7 @@ def keeping(
         values.clear()
 
     with ExitStack() as handles:
-        handles.callback(landscape.model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
+        handles.callback(model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
         if attentions:
             handles.enter_context(attended(see_attention))
         inner = {layer.name: layer for part in parts for layer in part.inner}
@@ -120,12 +121,6 @@ def keeping(
         for module in modules | norms | readers:
             handles.callback(module.register_forward_pre_hook(see_input, with_kwargs=True).remove)
         yield
-
-
-def coordinates(x: Tensor, basis: Tensor) -> Tensor:
-    """``x A``, float32 [rows, r]."""
-    with unrounded(basis.device):
-        return x.to(basis.device).float() @ basis
 
 
 @dataclass(frozen=True)

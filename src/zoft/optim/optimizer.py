@@ -103,7 +103,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.probe_batching, self.fold_every, self.pending = probe_batching, fold_every, Pending()
         check.numbers(lr, eps, weight_decay)
         check.patterns(include=include, exclude=exclude, linear=linear)
-        check.axes(subspace, self.update, others)
+        check.axes(subspace, self.estimator, self.update, others)
         check.folding(fold_every, subspace, self.estimator, self.update)
         check.probing(subspace, self.estimator, others, clip=clip, normalise=normalise, batching=probe_batching)
 
@@ -150,6 +150,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.counters = Counters()
         self.loss, self.projected_gradients = math.nan, []  # type: float, list[float]
         self.updates: dict[str, State] = {}  # what the update rule keeps, by map or parameter name
+        self.basis_updates: dict[str, State] = {}  # the same for trained bases, by the first map that has it
         self.renewed_at: int | None = None  # step of the last renewal
         self.traces: list[Trace] = []  # of the estimates since the last step
         self._drawn = 0  # directions drawn in this step

@@ -138,6 +138,11 @@ class SideBranches:
         fresh = self.fresh.get(name)
         return fresh.vectors if fresh is not None else self.bases.get(name)
 
+    def move_bases(self, names: Sequence[str], moves: list[Tensor] | tuple[Tensor, ...]) -> None:
+        """Add `moves` [d_in, r] to the bases of maps `names`, in place."""
+        torch._foreach_add_([self.bases[name] for name in names], moves)
+        self._projected = OfLastInput()  # products with what they were
+
     def _hook(self, name: str, module: nn.Module) -> Callable[..., Tensor | None]:
         add = self._lookup if isinstance(module, nn.Embedding) else self._linear
         # Others may return a tensor that they keep, or a view, which is not to be changed in place.

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim.block import Block, Writer
-from zoft.optim.estimator import Estimate
+from zoft.optim.gradients import Gradients
 from zoft.optim.inside import Attention
-from zoft.optim.kept import BlockCall, Kept, coordinates, keeping
-from zoft.optim.landscape import Landscape
+from zoft.optim.kept import BlockCall, Kept, keeping
 from zoft.optim.layers import LinearMap
 from zoft.optim.stream import Head, Stream
 from zoft.optim.transpose import FeedForward, Norm, transposed_product
@@ -25,8 +24,8 @@ ROWS = 128  # that go back through a feed-forward part at a time: what lies betw
 class WayBack:
     """From the logits to the first block, over the rows kept; with `attention`, each block runs again first."""
 
-    landscape: Landscape
-    estimate: Estimate
+    model: nn.Module
+    gradients: Gradients
     kept: Kept
     calls: dict[nn.Module, BlockCall]
     feed_forward: bool
@@ -51,7 +50,7 @@ class WayBack:
         return stream.norm.pull(self.kept.inputs[stream.norm.module].to(device), rows.to(device))
 
     def through(self, stream: Stream, error: Tensor) -> None:
-        """Add every factor, from the `error` at the end of the stream back to its beginning."""
+        """Add what every map learns, from the `error` at the end of the stream back to its beginning."""
         for block in reversed(stream.blocks):
             if self.attention:
                 self.run_again(block)
@@ -60,7 +59,7 @@ class WayBack:
                 if isinstance(step, Norm):
                     through = step.pull(self.kept.inputs[step.module], through)
                     continue
-                at_output = self.kept.take(step, error if block.parallel else through, self.estimate)
+                at_output = self.kept.take(step, error if block.parallel else through, self.gradients)
                 if step.attention is not None and self.attention:
                     through = through + self.attended(step, step.attention, at_output)
                 if step.feed_forward is not None and self.feed_forward:
@@ -70,11 +69,11 @@ class WayBack:
     def run_again(self, block: Block) -> None:
         """Keep of `block` what the way back takes: of all blocks at once it would be much where the loss reads much."""
         self.kept = Kept(self.kept.tokens)
-        with keeping(self.landscape, self.kept, [block], feed_forward=self.feed_forward, attention=True):
+        with keeping(self.model, self.gradients, self.kept, [block], feed_forward=self.feed_forward, attention=True):
             self.calls.pop(block.module).again(block, self.kept.tokens)
 
     def fed_forward(self, part: FeedForward, error: Tensor) -> Tensor:
-        """The error at what `part` reads of the stream, for that at its output; adds the factors of its inner maps."""
+        """The error at what `part` reads of the stream, for that at its output; adds what its inner maps learn."""
         weights = [layer.weight for layer in (*part.inner, part.down)]
         at_hand = all(weight is not None and not weight.is_meta for weight in weights)  # else each part loads them
         together = ROWS if at_hand else len(error)
@@ -84,21 +83,23 @@ class WayBack:
     def _fed_forward(self, part: FeedForward, error: Tensor, rows: slice) -> Tensor:
         """The same for some `rows`."""
         h = self.kept.inputs[part.reader][rows]
-        bases = {layer.name: self.landscape.branches.basis(layer.name) for layer in part.inner}
+        names = [layer.name for layer in part.inner]
         if part.gate.name in self.kept.outputs:
-            outputs = {name: self.kept.outputs[name][rows] for name in bases}
-            inputs = {name: self.kept.coordinates[name][rows] for name, basis in bases.items() if basis is not None}
+            outputs = {name: self.kept.outputs[name][rows] for name in names}
+            known = self.kept.learned_from
+            inputs = {name: known[name][rows] if name in known else None for name in names}
         else:
             x = h if part.norm is None else part.norm.module(h)
             outputs = {layer.name: layer.modules[0](x) for layer in part.inner}
-            inputs = {name: coordinates(x, basis) for name, basis in bases.items() if basis is not None}
+            inputs = {name: self.gradients.keep(name, x) for name in names}
         at_x, errors = part.pull(outputs, error, self.transposed)
-        for name, xs in inputs.items():
-            self.estimate.add_factor(name, errors[name].t() @ xs)
+        for name, kept in inputs.items():
+            if kept is not None:
+                self.gradients.add(name, kept, errors[name])
         return _behind(part.norm, h, at_x)
 
     def attended(self, writer: Writer, attention: Attention, error: Tensor) -> Tensor:
-        """The error at what `attention` reads of the stream, for that at the output of its `writer`; adds factors."""
+        """The error at what `attention` reads of the stream, for that at the output of its `writer`."""
         pattern = self.kept.patterns.pop(attention.values.map.name, None)
         if pattern is None:
             return torch.zeros_like(error)
@@ -112,15 +113,16 @@ class WayBack:
                 errors[name] = errors[name] + at_map if name in errors else at_map
         at_x = torch.zeros_like(error)
         for name, at_map in errors.items():
-            if (inputs := self.kept.coordinates.pop(name, None)) is not None:
-                self.estimate.add_factor(name, at_map.t() @ inputs)
+            if (inputs := self.kept.learned_from.pop(name, None)) is not None:
+                self.gradients.add(name, inputs, at_map)
             at_x = at_x + self.transposed(attention.maps[name], at_map)
         return _behind(attention.norm, self.kept.inputs[attention.reader], at_x)
 
     def transposed(self, layer: LinearMap, error: Tensor) -> Tensor:
         """``error W`` with the weight as it is in this pass, coefficients included."""
         product = transposed_product(layer, error)
-        coefficients, basis = self.landscape.branches.factors.get(layer.name), self.landscape.branches.basis(layer.name)
+        branches = self.gradients.branches
+        coefficients, basis = branches.factors.get(layer.name), branches.basis(layer.name)
         return product if coefficients is None or basis is None else product + error @ coefficients @ basis.t()
 
 

@@ -25,6 +25,10 @@ class Guided(ZeroOrder):
     and the loss), or a `zoft.optim.Loss` that knows its slope at the logits (then nothing is recorded). `lr` is meant
     to fall to 0 over the run; `zoft train` has it fall linearly.
 
+    ``train_bases=True`` trains A as well, by Adam and its own gradient, which the same way back gives: LoRA (arXiv
+    2106.09685) without backpropagation, from the activations' leading directions, and one A for all layers that read
+    the same input. A is then no longer orthonormal.
+
     With ``into="weights"`` the steps are written into the weights, and the basis may be renewed every
     `renew_every` steps. ``attention=True`` carries the error through attention as well, to all tokens, whose inputs
     then give the bases, and trains the matrices that make queries, keys and values; each block runs once more as the
@@ -36,7 +40,8 @@ class Guided(ZeroOrder):
     (`zoft.optim.guided.Guided`).
 
     Raises:
-        ValueError: `two_pass` with `feed_forward` or `attention`, or `attention_after` without `attention`.
+        ValueError: `two_pass` with `feed_forward` or `attention`, `attention_after` without `attention`, or
+            `train_bases` with ``into="weights"``.
         NoStream: at the first estimate, if the model has no residual stream that ends in a norm, or `include` and
             `exclude` leave nothing that the estimate reaches.
         ValueError: at an estimate, if autograd cannot follow the loss, or the model runs more than once for it.
@@ -56,6 +61,7 @@ class Guided(ZeroOrder):
         feed_forward: bool = True,
         attention: bool = False,
         attention_after: int = 0,
+        train_bases: bool = False,
         two_pass: bool = False,
         into: Literal["weights", "coefficients"] = "coefficients",
         exclude: tuple[str, ...] = HEADS,
@@ -65,7 +71,7 @@ class Guided(ZeroOrder):
             model,
             lr=lr,
             subspace=Activation(rank, power_steps, renew_every, read_only=not attention),
-            estimator=GuidedEstimator(feed_forward, attention, two_pass, attention_after),
+            estimator=GuidedEstimator(feed_forward, attention, two_pass, attention_after, train_bases),
             update=Adam(into=into),
             exclude=exclude,
             **options,
@@ -74,4 +80,5 @@ class Guided(ZeroOrder):
     def estimate(self, closure: Closure) -> Tensor:
         if self.counters.steps == self.estimator.attention_after:
             self.updates.clear()
+            self.basis_updates.clear()
         return super().estimate(closure)
