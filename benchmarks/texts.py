@@ -1,4 +1,4 @@
-"""The user's own texts and conversations: guided, through attention and not, beside first-order fine-tuning.
+"""The user's own texts and conversations: guided in three forms, beside first-order fine-tuning.
 
     python benchmarks/texts.py WAY --rows ROWS --data DATA --lr LR --seed SEED [--rank RANK]
 
@@ -28,6 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "texts"
 WAYS: dict[str, dict[str, Any]] = {
     "guided": {"method": "guided", "method_options": {"attention": False}},
     "guided-attention": {"method": "guided", "method_options": {"attention": True}},
+    "guided-bases": {"method": "guided", "method_options": {"attention": True, "train_bases": True}},
     "lora": {"method": "lora", "dtype": "float32"},
     "fo-adamw": {"method": "fo-adamw"},
 }

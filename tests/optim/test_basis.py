@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zoft.optim.capture import ROWS, Basis, leading_basis, merge
+from zoft.optim.capture import ROWS, Basis, leading_basis, merge, whitened
 from zoft.optim.noise import normal
 
 
@@ -50,6 +50,26 @@ def test_no_power_steps_means_exact_decomposition() -> None:
     found = basis_of(rows, 3, power_steps=None)
     assert sine_of_largest_angle(found.vectors, right[:, :3]) < 1e-5
     torch.testing.assert_close(found.sigma, torch.tensor([3.0, 2.9, 2.8]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("rank", [2, 6, 8])
+def test_whitened_directions_have_activations_equally_large(rank: int) -> None:
+    """But for those beyond the activations' own rank, 6, which are rounding."""
+    rows, _ = rows_with_spectrum(GAP)
+    basis = basis_of(rows, rank, power_steps=8)
+    found = whitened(basis)
+    least = GAP[: min(rank, 6)][-1]
+    sizes, lengths = (rows @ found.vectors).norm(dim=0), found.vectors.norm(dim=0)
+    torch.testing.assert_close(
+        sizes.sort(descending=True).values[:6], torch.full((min(rank, 6),), least), rtol=0.05, atol=0
+    )
+    assert float(lengths.max()) <= 1 + 1e-5 and float(sizes.sort().values[: rank - 6].sum() if rank > 6 else 0) < 1e-3
+    torch.testing.assert_close(found.vectors * found.sigma, basis.vectors * basis.sigma)
+
+
+def test_directions_without_activations_keep_their_length() -> None:
+    basis = whitened(basis_of(torch.zeros(5, 4), 3, power_steps=3))
+    torch.testing.assert_close(basis.vectors.norm(dim=0), torch.ones(3))
 
 
 @settings(max_examples=100, deadline=None)

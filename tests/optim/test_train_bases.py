@@ -69,7 +69,7 @@ def test_two_passes_find_the_same_as_one() -> None:
 
 
 def test_steps_are_those_of_lora_by_autograd_and_torchs_adam() -> None:
-    """From the same bases, one for all maps that read the same input."""
+    """From the same bases, one for all maps that read the same input, at twice the rate."""
     model, other, batch = llama(), llama(), token_batch()
     optimizer = Guided(model, rank=3, lr=0.02, attention=True, train_bases=True)
     closure = closure_of(model, batch)
@@ -84,7 +84,8 @@ def test_steps_are_those_of_lora_by_autograd_and_torchs_adam() -> None:
 
     for name in bases:
         other.get_submodule(name).register_forward_hook(beside(name))
-    adam = torch.optim.Adam([*shared.values(), *factors.values()], lr=0.02)
+    groups = [{"params": [*shared.values()], "lr": 0.04}, {"params": [*factors.values()]}]
+    adam = torch.optim.Adam(groups, lr=0.02)
     optimizer.step()
     for step in range(5):
         adam.zero_grad()

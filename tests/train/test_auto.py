@@ -35,6 +35,7 @@ def test_texts_are_learned_through_attention_where_blocks_can_run_again(
     model = make()
     config, _ = settle(TrainConfig("tiny"), model, lambda: [closure_of(model)], texts)
     assert (config.method, config.method_options["attention"]) == ("guided", through)
+    assert config.method_options["train_bases"] is through
     assert isinstance(config.lr, float)
 
 

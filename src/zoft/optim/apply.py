@@ -14,6 +14,7 @@ from zoft.optim.write import add_dense_, add_noise_
 if TYPE_CHECKING:
     from zoft.optim.optimizer import ZeroOrder
 
+FASTER = 2  # bases than coefficients, as LoRA's are, which begin at random: docs/guided.md
 LAYERS = 32  # moved together: as many have copies of their estimates at a time
 
 
@@ -64,7 +65,7 @@ def _move_bases(optimizer: ZeroOrder, estimate: Estimate, lr: float) -> None:
         moves = optimizer.update(
             torch._foreach_div(sums, estimate.count), [optimizer.basis_updates.setdefault(name, {}) for name in first]
         )
-        optimizer.branches.move_bases(first, torch._foreach_mul(moves, -lr))
+        optimizer.branches.move_bases(first, torch._foreach_mul(moves, -lr * FASTER))
 
 
 def rounding_key(optimizer: ZeroOrder) -> Key:

@@ -8,6 +8,7 @@ so memory does not grow with the number of layers.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,10 @@ ROWS = 8192  # activation rows converted to float32 at a time
 
 
 class Basis(NamedTuple):
-    """Orthonormal `vectors` float32 [d_in, r] and their singular values `sigma` float32 [r]."""
+    """Orthogonal `vectors` float32 [d_in, r] and `sigma` float32 [r]: of length 1, and singular values.
+
+    Or of other lengths, and singular values divided by them.
+    """
 
     vectors: Tensor
     sigma: Tensor
@@ -56,6 +60,17 @@ def leading_basis(
         q, triangle = torch.linalg.qr(total(covariance_product(rows, q)))
     sigma = triangle.diagonal().abs()  # of H omega for no step at all, of H H^T = sigma^2 after some
     return Basis(q, sigma.sqrt() if power_steps else sigma)
+
+
+def whitened(basis: Basis) -> Basis:
+    """Its vectors at such lengths, up to 1, that the activations are equally large along all; none is made longer.
+
+    Directions in which there are none but for rounding keep their length.
+    """
+    sigma = basis.sigma
+    some = sigma > sigma.max() * len(basis.vectors) * torch.finfo(sigma.dtype).eps
+    lengths = (sigma.where(some, math.inf).min() / sigma).clamp(max=1.0)
+    return Basis(basis.vectors * lengths, sigma / lengths)
 
 
 def covariance_product(rows: Tensor, vectors: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zoft.optim.capture import Basis, covariance_product, leading_basis
+from zoft.optim.capture import Basis, covariance_product, leading_basis, whitened
 from zoft.optim.layers import LinearMap
 from zoft.optim.noise import Key, normal
 from zoft.optim.ranks import Ranks
@@ -65,13 +65,15 @@ class Activation:
     are fewer.
     `renew_every` is a number of steps, or None for once (ZO-Act). `power_steps` is K of the power iteration, or
     None for the exact singular value decomposition. With `read_only`, activations count only at the positions whose
-    logits the loss reads (`zoft.optim.capture.Tokens`).
+    logits the loss reads (`zoft.optim.capture.Tokens`). With `whiten`, directions are no longer of length 1: the larger
+    the activations along one, the shorter it is.
     """
 
     rank: int = 1
     power_steps: int | None = 3
     renew_every: int | None = 1
     read_only: bool = False
+    whiten: bool = False
     from_activations: ClassVar[bool] = True
     embeddings: ClassVar[bool] = False
 
@@ -96,9 +98,11 @@ class Activation:
         if ranks.parts > 1 and self.power_steps is None:  # the exact decomposition needs them in one place
             whole = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
             whole[start : start + len(rows)] = rows
-            return leading_basis(ranks.total(whole), whole[:, : min(self.rank, count)], None)
-        omega = _test_matrix(key, start, len(rows), min(self.rank, count), rows.device)
-        return leading_basis(rows, omega, self.power_steps, ranks.total)
+            basis = leading_basis(ranks.total(whole), whole[:, : min(self.rank, count)], None)
+        else:
+            omega = _test_matrix(key, start, len(rows), min(self.rank, count), rows.device)
+            basis = leading_basis(rows, omega, self.power_steps, ranks.total)
+        return whitened(basis) if self.whiten else basis
 
     def __str__(self) -> str:
         often = {None: "once", 1: "every step"}.get(self.renew_every, f"every {self.renew_every} steps")

@@ -26,8 +26,8 @@ class Guided(ZeroOrder):
     to fall to 0 over the run; `zoft train` has it fall linearly.
 
     ``train_bases=True`` trains A as well, by Adam and its own gradient, which the same way back gives: LoRA (arXiv
-    2106.09685) without backpropagation, from the activations' leading directions, and one A for all layers that read
-    the same input. A is then no longer orthonormal.
+    2106.09685) without backpropagation, from the activations' leading directions instead of random ones, and one A for
+    all layers that read the same input. The directions are whitened, and A moves at twice the rate of C.
 
     With ``into="weights"`` the steps are written into the weights, and the basis may be renewed every
     `renew_every` steps. ``attention=True`` carries the error through attention as well, to all tokens, whose inputs
@@ -70,7 +70,7 @@ class Guided(ZeroOrder):
         super().__init__(
             model,
             lr=lr,
-            subspace=Activation(rank, power_steps, renew_every, read_only=not attention),
+            subspace=Activation(rank, power_steps, renew_every, read_only=not attention, whiten=train_bases),
             estimator=GuidedEstimator(feed_forward, attention, two_pass, attention_after, train_bases),
             update=Adam(into=into),
             exclude=exclude,
