@@ -18,6 +18,7 @@ from .test_config import assert_same
         ("--method", "agzo", "--lr", "1e-3", "--dtype", "bfloat16", "--compute-dtype", "float32"),
         ("--method", "zo-act", "--schedule", "linear"),
         ("--method", "guided"),
+        ("--method", "guided", "-o", "attention=true", "-o", "train_bases=true"),
         ("--method", "guided", "--objective", "accuracy"),
         ("--method", "lozo-m", "--accumulate", "2", "--lr", "1e-4"),
         ("--method", "fo-adamw", "--lr", "1e-3"),

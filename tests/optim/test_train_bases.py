@@ -158,3 +158,60 @@ def test_products_with_a_basis_are_not_remembered_when_it_has_moved() -> None:
 def test_what_is_written_into_the_weights_has_no_bases_to_train() -> None:
     with pytest.raises(ValueError, match="train_bases takes into='coefficients'"):
         Guided(llama(), train_bases=True, into="weights")
+
+
+def test_bases_begin_whitened_and_shared_also_if_several_batches_give_them() -> None:
+    model = llama()
+    for number in (1, 2):
+        optimizer = Guided(model, rank=3, attention=True, train_bases=True)
+        optimizer.calibrate(*(closure_of(model, token_batch(seed=seed)) for seed in range(number)))
+        assert len({id(basis) for basis in optimizer.bases.values()}) == 4 * len(model.model.layers)
+        lengths = torch.stack([basis.norm(dim=0).sort().values for basis in optimizer.bases.values()])
+        assert float(lengths[:, 0].max()) < 0.999 and float((lengths[:, -1] - 1).abs().max()) < 1e-4
+
+
+def test_new_bases_have_moments_of_their_own() -> None:
+    """Also if their rank is another."""
+    model = llama()
+    closure = closure_of(model, token_batch())
+    optimizer = moved(model, closure, attention=True)
+    optimizer.calibrate(closure_of(model, token_batch(batch=1, length=2)))
+    assert {basis.shape[1] for basis in optimizer.bases.values()} == {2}
+    for _ in range(2):
+        optimizer.step(closure)
+    assert {int(state["steps"]) for state in optimizer.basis_updates.values()} == {2}
+
+
+def test_bases_from_a_closure_in_inference_mode_can_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they are not copied to a shelf, as on accelerators."""
+    monkeypatch.setattr("zoft.optim.shelf.SMALL", 0)
+    model, batch = llama(), token_batch()
+
+    def closure() -> Loss:
+        with torch.inference_mode():
+            return closure_of(model, batch)()
+
+    optimizer = moved(model, closure, attention=True)
+    assert optimizer.basis_updates
+
+
+def test_under_autocast_two_passes_find_them_in_float32() -> None:
+    model = llama()
+    plain = closure_of(model, token_batch())
+
+    def closure() -> Loss:
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain()
+
+    optimizer = moved(model, closure, feed_forward=False, two_pass=True)
+    found = optimizer.updates | optimizer.basis_updates
+    assert {state["mean"].dtype for state in found.values()} == {torch.float32}
+
+
+def test_moments_begin_anew_where_attention_does() -> None:
+    model = llama()
+    closure = closure_of(model, token_batch())
+    optimizer = Guided(model, rank=3, attention=True, attention_after=3, train_bases=True)
+    for _ in range(4):
+        optimizer.step(closure)
+    assert {int(state["steps"]) for state in optimizer.basis_updates.values()} == {1}

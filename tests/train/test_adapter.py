@@ -45,6 +45,23 @@ def test_coefficients_begin_with_the_adapter(method: Any, options: dict[str, Any
     assert torch.allclose(logits(model), expected, atol=1e-5)
 
 
+def test_layers_that_shared_a_basis_share_it_again(tmp_path: Path) -> None:
+    model, batch = llama(), token_batch()
+    closure = lambda: zoft.cross_entropy(model(**batch).logits, batch["labels"])  # noqa: E731
+    optimizer = zoft.Guided(model, lr=0.1, attention=True, train_bases=True)
+    for _ in range(3):
+        optimizer.step(closure)
+    save_adapter(optimizer, tmp_path)
+    plain, factors = take_apart(PeftModel.from_pretrained(llama(), tmp_path))
+    again = zoft.Guided(plain, attention=True, train_bases=True)
+    start_from(again, factors)
+    groups = [
+        {frozenset(name for name in each.bases if each.bases[name] is basis) for basis in each.bases.values()}
+        for each in (optimizer, again)
+    ]
+    assert groups[0] == groups[1] and len(groups[0]) == 4 * len(model.model.layers)
+
+
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 EXPERTS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 import zoft
-from optim.models import changed, llama, snapshot
+from optim.models import changed, llama, snapshot, token_batch
 from zoft import ZOTrainer
 from zoft.train.guard import Guard
 
@@ -41,3 +41,15 @@ def test_first_order_goes_back(arguments: Callable[..., TrainingArguments]) -> N
     initial, optimizer = snapshot(model), torch.optim.AdamW(model.parameters(), lr=0.03)
     back(model, optimizer, arguments(max_steps=3))
     assert changed(model, initial) == set() and not optimizer.state
+
+
+def test_bases_that_have_moved_are_taken_anew(arguments: Callable[..., TrainingArguments]) -> None:
+    """Those of the moment of trouble may be large, or no numbers."""
+    model, batch = llama(), token_batch()
+    optimizer = zoft.Guided(model, lr=0.3, attention=True, train_bases=True)
+    back(model, optimizer, arguments(max_steps=3, lr_scheduler_type="constant"))
+    assert not any(tensor.any() for tensor in (*optimizer.coefficients.values(), *optimizer.bases.values()))
+    optimizer.step(lambda: zoft.cross_entropy(model(**batch).logits, batch["labels"]))
+    longest = [float(basis.norm(dim=0).max()) for basis in optimizer.bases.values()]
+    assert longest == pytest.approx([1.0] * len(longest), rel=1e-3)
+    assert all(factor.any() for factor in optimizer.coefficients.values())

@@ -24,14 +24,12 @@ from zoft.optim.shelf import Shelf
 
 T = TypeVar("T")
 
+ROUNDING = 2e-3  # of the largest singular value, a quarter of bfloat16's epsilon
 ROWS = 8192  # activation rows converted to float32 at a time
 
 
 class Basis(NamedTuple):
-    """Orthogonal `vectors` float32 [d_in, r] and `sigma` float32 [r]: of length 1, and singular values.
-
-    Or of other lengths, and singular values divided by them.
-    """
+    """Orthonormal `vectors` float32 [d_in, r] and their singular values `sigma` float32 [r]."""
 
     vectors: Tensor
     sigma: Tensor
@@ -62,15 +60,16 @@ def leading_basis(
     return Basis(q, sigma.sqrt() if power_steps else sigma)
 
 
-def whitened(basis: Basis) -> Basis:
-    """Its vectors at such lengths, up to 1, that the activations are equally large along all; none is made longer.
+def whitened(basis: Basis) -> Tensor:
+    """Its vectors at such lengths, up to 1, that activations are as large along all as along the least.
 
-    Directions in which there are none but for rounding keep their length.
+    Directions along which there is nothing but the rounding of half precision keep their length.
     """
     sigma = basis.sigma
-    some = sigma > sigma.max() * len(basis.vectors) * torch.finfo(sigma.dtype).eps
-    lengths = (sigma.where(some, math.inf).min() / sigma).clamp(max=1.0)
-    return Basis(basis.vectors * lengths, sigma / lengths)
+    if not len(sigma):
+        return basis.vectors
+    least = sigma.where(sigma > ROUNDING * sigma.max(), math.inf).min()
+    return basis.vectors * (least / sigma).clamp(max=1.0)
 
 
 def covariance_product(rows: Tensor, vectors: Tensor) -> Tensor:
@@ -227,6 +226,7 @@ def captured(
         ValueError: copies cannot be told apart in a map's input, or a map is called twice on them.
     """
     bases: dict[str, Basis] = {}
+    merged: list[Basis] = []  # the last two and what they came to, which several maps share
     tokens, last, shelf = Tokens(), OfLastInput[Basis](), Shelf()
 
     def rows(layer: LinearMap, x: Tensor) -> Tensor:
@@ -253,7 +253,9 @@ def captured(
                 seen = bases.get(layer.name)
                 if seen is not None and copies > 1:
                     raise ValueError(f"layer {layer.name!r} is called twice, with one basis each: run the probes apart")
-                bases[layer.name] = basis if seen is None else merge(seen, basis)
+                if seen is not None and not (merged and merged[0] is seen and merged[1] is basis):
+                    merged[:] = seen, basis, merge(seen, basis)
+                bases[layer.name] = basis if seen is None else merged[2]
 
         return see
 

@@ -29,17 +29,22 @@ class Gradients:
         None if the map is not trained.
         """
         basis = self.branches.basis(name)
-        if basis is None or self.bases:
-            return None if basis is None else x
-        return _coordinates(x, basis)
+        if basis is None:
+            return None
+        return x if self.bases else _coordinates(x, basis)
 
     def add(self, name: str, kept: Tensor, error: Tensor) -> None:
         """Add what map `name` learns from what was `kept` and the `error` float32 [rows, d_out] at its outputs."""
         basis, factor = self.branches.basis(name), self.branches.factors.get(name)
         assert basis is not None
-        self.estimate.add_factor(name, error.t() @ (_coordinates(kept, basis) if self.bases else kept))
-        if self.bases and factor is not None:
-            self.estimate.add_basis(name, kept.to(basis.device).float().t() @ (error @ factor))
+        with unrounded(basis.device):
+            if not self.bases:
+                self.estimate.add_factor(name, error.t() @ kept)
+                return
+            x = kept.to(basis.device).float()
+            self.estimate.add_factor(name, error.t() @ (x @ basis))
+            if factor is not None:
+                self.estimate.add_basis(name, x.t() @ (error @ factor))
 
 
 def _coordinates(x: Tensor, basis: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zoft.optim.attention import Attended, Pattern, attended
 from zoft.optim.block import Block, Writer
-from zoft.optim.capture import Tokens
+from zoft.optim.capture import OfLastInput, Tokens
 from zoft.optim.gradients import Gradients
 from zoft.optim.landscape import uncompiled
 from zoft.optim.layers import input_of
@@ -70,12 +70,13 @@ def keeping(
     attentions = [writer.attention for writer in writers if writer.attention and attention]
     norms = {writer.norm.module for writer in writers if writer.norm}.union(*(block.norms for block in blocks))
     readers = {part.reader for part in parts} | {part.reader for part in attentions}
-    tokens = kept.tokens
+    tokens, last = kept.tokens, OfLastInput[Tensor | None]()
     values: list[str] = []  # the latest map of values that was called
 
     def see_map(name: str, inner: bool) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = None if inner and tokens.count > FEW and not attention else tokens.read(input_of(args, kwargs))
+            given = input_of(args, kwargs)
+            x = None if inner and tokens.count > FEW and not attention else last.get(given, lambda: tokens.read(given))
             y = tokens.read(output) if inner and x is not None else None
             inputs = None if x is None else gradients.keep(name, x)
             if inputs is not None:

@@ -65,7 +65,7 @@ class Landscape:
     key: Key
     drawn: int
     capture: Callable[[int], AbstractContextManager[dict[str, Basis]]] | None
-    renew: Callable[[dict[str, Tensor]], None]
+    renew: Callable[[dict[str, Basis]], None]
     confine: Callable[[Tensor, Key], Tensor] | None = None
     batching: bool = False
     leading: LeadingBlocks = field(default_factory=lambda: LeadingBlocks([]))
@@ -154,7 +154,7 @@ class Landscape:
         self.used |= used
         if capture is not None and math.isfinite(self.ranks.means(found[0].unsqueeze(0), [0], [True])):
             reached = fresh.keys() if self.reached is None else fresh.keys() & self.reached
-            self.renew({name: basis.vectors for name, basis in fresh.items() if name in reached})
+            self.renew({name: basis for name, basis in fresh.items() if name in reached})
         elif capture is not None:
             self.capture = capture
         return found

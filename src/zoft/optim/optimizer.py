@@ -17,6 +17,7 @@ from zoft.optim.apply import apply, rounding_key
 from zoft.optim.capture import Basis, captured
 from zoft.optim.counters import Counters, EstimateWarning
 from zoft.optim.estimator import Estimate, Estimator, Probes
+from zoft.optim.guided import Guided
 from zoft.optim.landscape import Closure, Landscape, uncompiled
 from zoft.optim.layers import LinearMap, find_linear_maps, other_parameters
 from zoft.optim.leading import LeadingBlocks, blocks_before
@@ -169,6 +170,11 @@ class ZeroOrder(torch.optim.Optimizer):
         return self.keeps_coefficients or self.fold_every > 1
 
     @property
+    def trains_bases(self) -> bool:
+        """Whether bases move with the coefficients."""
+        return isinstance(self.estimator, Guided) and self.estimator.train_bases
+
+    @property
     def bases(self) -> dict[str, Tensor]:
         """The basis A, float32 [d_in, r], of each linear map by name."""
         return self.branches.bases
@@ -203,7 +209,7 @@ class ZeroOrder(torch.optim.Optimizer):
             key,
             self._drawn,
             capture,
-            self.set_bases,
+            self.renew_bases,
             self.confine,
             self.probe_batching,
             self.leading,
@@ -262,7 +268,7 @@ class ZeroOrder(torch.optim.Optimizer):
             for closure in closures:
                 closure()
         self.counters.forwards += len(closures)
-        self.set_bases({name: basis.vectors for name, basis in bases.items()})
+        self.renew_bases(bases)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
@@ -314,6 +320,11 @@ class ZeroOrder(torch.optim.Optimizer):
 
         return partial(captured, self.model, self.maps, extract, subspace.read_only)
 
+    def renew_bases(self, found: dict[str, Basis]) -> None:
+        """Take the bases that a clean pass has found."""
+        assert isinstance(self.subspace, Activation)
+        self.set_bases(self.subspace.bases(found))
+
     def set_bases(self, bases: dict[str, Tensor]) -> None:
         """Move in these bases (float32 [d_in, r], by map name) from now on; maps without one stay still."""
         for name, new in bases.items():
@@ -326,6 +337,7 @@ class ZeroOrder(torch.optim.Optimizer):
             if name in self.coefficients:
                 self.coefficients[name] = self.coefficients[name] @ change
         self.bases.update(bases)
+        self.basis_updates.clear()
         self.branches.active = [m for m in self.maps if m.name in bases]
         self.renewed_at = self.counters.steps
         if self.keeps_coefficients:

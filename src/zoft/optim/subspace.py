@@ -7,7 +7,7 @@ name; a map without one (an expert that saw no token) stays still.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from zoft.optim.capture import Basis, covariance_product, leading_basis, whitene
 from zoft.optim.layers import LinearMap
 from zoft.optim.noise import Key, normal
 from zoft.optim.ranks import Ranks
+from zoft.optim.shelf import Shelf
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,17 @@ class Activation:
         if ranks.parts > 1 and self.power_steps is None:  # the exact decomposition needs them in one place
             whole = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
             whole[start : start + len(rows)] = rows
-            basis = leading_basis(ranks.total(whole), whole[:, : min(self.rank, count)], None)
-        else:
-            omega = _test_matrix(key, start, len(rows), min(self.rank, count), rows.device)
-            basis = leading_basis(rows, omega, self.power_steps, ranks.total)
-        return whitened(basis) if self.whiten else basis
+            return leading_basis(ranks.total(whole), whole[:, : min(self.rank, count)], None)
+        omega = _test_matrix(key, start, len(rows), min(self.rank, count), rows.device)
+        return leading_basis(rows, omega, self.power_steps, ranks.total)
+
+    def bases(self, found: Mapping[str, Basis]) -> dict[str, Tensor]:
+        """A [d_in, r] by map name, of what was `found` by map name; maps for which it is the same have one A."""
+        if not self.whiten:
+            return {name: basis.vectors for name, basis in found.items()}
+        shelf, distinct = Shelf(), {id(basis): basis for basis in found.values()}
+        made = {number: shelf.put(whitened(basis)) for number, basis in distinct.items()}
+        return {name: made[id(basis)] for name, basis in found.items()}
 
     def __str__(self) -> str:
         often = {None: "once", 1: "every step"}.get(self.renew_every, f"every {self.renew_every} steps")

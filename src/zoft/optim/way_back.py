@@ -1,4 +1,4 @@
-"""The way of an error back along the residual stream, from the logits to the first block: every layer's left factor."""
+"""The way of an error back along the residual stream, from the logits to the first block: what every layer learns."""
 
 from __future__ import annotations
 

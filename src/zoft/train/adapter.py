@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from zoft.errors import UserError
@@ -170,5 +171,12 @@ def start_from(optimizer: ZeroOrder, factors: Factors) -> None:
             f"the adapter adds to layer {min(foreign)!r}, which this method does not train: exclude fewer layers, or "
             "take zo-act, which trains all linear layers and experts"
         )
-    optimizer.set_bases({name: basis for name, (basis, _) in factors.items()})
+    distinct: dict[tuple[object, ...], list[Tensor]] = {}
+    bases = {}
+    for name, (basis, _) in factors.items():  # layers that read the same input have equal ones
+        alike = distinct.setdefault((basis.shape, basis.device, float(basis.sum())), [])
+        bases[name] = next((other for other in alike if torch.equal(other, basis)), basis)
+        if bases[name] is basis:
+            alike.append(basis)
+    optimizer.set_bases(bases)
     optimizer.coefficients.update({name: factor for name, (_, factor) in factors.items()})

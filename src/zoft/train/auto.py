@@ -36,12 +36,12 @@ def settle(
 ) -> tuple[TrainConfig, Diagnosis | None]:
     """`config` without ``auto``, and the measurement behind its lr or eps, if they had to be measured.
 
-    The method becomes `guided` if `model` has a residual stream for it to go back along (through attention as well, and
-    its bases trained, if `texts` are learned, most of whose tokens the loss reads), else `zo-act`, which takes any
-    weights, and experts that the `adapter` to go on from adds to. lr and eps are measured unless they are given, where
-    training begins. `look` gives the losses of some batches, if they are needed; `model` stays as it is. Where the loss
-    does not curve upwards there is no lr to measure for probes, and the method's own is taken; guided's has its own
-    measure (`zoft.train.rate`). The option probe_batching becomes what is faster.
+    The method becomes `guided` if `model` has a residual stream to go back along (if `texts` are learned, most of
+    whose tokens the loss reads, through attention as well, and its bases are trained, but for those of an `adapter` to
+    go on from), else `zo-act`, which takes any weights, and experts that the adapter adds to. lr and eps are measured
+    unless they are given, where training begins. `look` gives the losses of some batches, if they are needed; `model`
+    stays as it is. Where the loss does not curve upwards there is no lr to measure for probes, and the method's own is
+    taken; guided's has its own measure (`zoft.train.rate`). The option probe_batching becomes what is faster.
 
     Raises:
         UserError: lr or eps is to be measured, and cannot be, or probe_batching is wanted, and cannot be had; or probes
@@ -59,7 +59,7 @@ def settle(
     unset: dict[str, Any] = {name: AUTO for name in ("lr", "eps") if getattr(config, name) is None}
     experts = {name for name, _ in find_experts(model)}
     if config.method == AUTO and not experts & (adapter or {}).keys():
-        whole = {"attention": True, "train_bases": True} if texts else {}
+        whole = {"attention": True, "train_bases": not adapter} if texts else {}
         guided = replace(config, method="guided", method_options=whole | config.method_options)
         try:
             lr = _guided_lr(replace(guided, **unset), model, closures[0], adapter)

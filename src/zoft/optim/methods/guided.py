@@ -18,12 +18,12 @@ class Guided(ZeroOrder):
     """Adam on coefficients whose gradient estimate comes from one clean forward pass, without probes.
 
     The first clean pass gives each linear layer (but the output head) A [d_in, r], an orthonormal basis of its inputs
-    at the positions that the loss reads, r at most their number, and A stays. Each step computes the coefficients'
-    estimate from the error at the output (`zoft.optim.guided`) and hands it to Adam. Only matrices that the estimate
-    reaches are trained. One forward a step (and a look at the model, once, to find the residual stream, which is not
-    counted). The closure returns a loss that autograd can follow back to what the final norm gives (it records the head
-    and the loss), or a `zoft.optim.Loss` that knows its slope at the logits (then nothing is recorded). `lr` is meant
-    to fall to 0 over the run; `zoft train` has it fall linearly.
+    at the positions that the loss reads, r at most their number, and A stays, unless it is trained. Each step computes
+    the coefficients' estimate from the error at the output (`zoft.optim.guided`) and hands it to Adam. Only matrices
+    that the estimate reaches are trained. One forward a step (and a look at the model, once, to find the residual
+    stream, which is not counted). The closure returns a loss that autograd can follow back to what the final norm gives
+    (it records the head and the loss), or a `zoft.optim.Loss` that knows its slope at the logits (then nothing is
+    recorded). `lr` is meant to fall to 0 over the run; `zoft train` has it fall linearly.
 
     ``train_bases=True`` trains A as well, by Adam and its own gradient, which the same way back gives: LoRA (arXiv
     2106.09685) without backpropagation, from the activations' leading directions instead of random ones, and one A for
