@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,19 +52,13 @@ def apply(optimizer: ZeroOrder, estimate: Estimate) -> None:
 
 
 def _move_bases(optimizer: ZeroOrder, estimate: Estimate, lr: float) -> None:
-    """Move bases that are trained; layers that share one move it together."""
-    sharing: dict[int, list[str]] = {}
-    for name in estimate.bases:
-        sharing.setdefault(id(optimizer.bases[name]), []).append(name)
-    groups = list(sharing.values())
-    for start in range(0, len(groups), LAYERS):
-        some = groups[start : start + LAYERS]
-        sums = [reduce(torch.add, [estimate.bases[name] for name in names]) for names in some]
-        first = [names[0] for names in some]
-        moves = optimizer.update(
-            torch._foreach_div(sums, estimate.count), [optimizer.basis_updates.setdefault(name, {}) for name in first]
-        )
-        optimizer.branches.move_bases(first, torch._foreach_mul(moves, -lr * FASTER))
+    """Move bases that are trained."""
+    owners = list(estimate.bases)
+    for start in range(0, len(owners), LAYERS):
+        names = owners[start : start + LAYERS]
+        means = torch._foreach_div([estimate.bases[name] for name in names], estimate.count)
+        moves = optimizer.update(means, [optimizer.basis_updates.setdefault(name, {}) for name in names])
+        optimizer.branches.move_bases(names, torch._foreach_mul(moves, -lr * FASTER))
 
 
 def rounding_key(optimizer: ZeroOrder) -> Key:

@@ -27,9 +27,9 @@ class Estimate:
     """A gradient estimate: ``C A^T`` for each linear map, and ``sum of c z`` for the dense parameters.
 
     `factors` holds C, float32 [d_out, r], by map name; `dense` the noise streams z with their c; `bases`, where bases
-    are trained too, what was found for them, float32 [d_in, r]. After `merge`, all are sums over `count` batches, and
-    the gradient estimate is their mean. Of a single batch, `probed` holds the directions probed and what was found
-    along each, float64 [] or [examples].
+    are trained too, what was found for them, float32 [d_in, r], by the first map that has each. After `merge`, all are
+    sums over `count` batches, and the gradient estimate is their mean. Of a single batch, `probed` holds the directions
+    probed and what was found along each, float64 [] or [examples].
     """
 
     factors: dict[str, Tensor] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Estimate:
         self.factors[name] = self.factors[name] + factor if name in self.factors else factor
 
     def add_basis(self, name: str, found: Tensor) -> None:
-        """Add `found` [d_in, r] to what was found for the basis of map `name`."""
+        """Add `found` [d_in, r] to what was found for the basis that map `name` is the first to have."""
         self.bases[name] = self.bases[name] + found if name in self.bases else found
 
 

@@ -29,9 +29,10 @@ class Gradients:
         None if the map is not trained.
         """
         basis = self.branches.basis(name)
-        if basis is None:
-            return None
-        return x if self.bases else _coordinates(x, basis)
+        if basis is None or self.bases:
+            return None if basis is None else x
+        with unrounded(basis.device):
+            return x.to(basis.device).float() @ basis
 
     def add(self, name: str, kept: Tensor, error: Tensor) -> None:
         """Add what map `name` learns from what was `kept` and the `error` float32 [rows, d_out] at its outputs."""
@@ -44,10 +45,4 @@ class Gradients:
             x = kept.to(basis.device).float()
             self.estimate.add_factor(name, error.t() @ (x @ basis))
             if factor is not None:
-                self.estimate.add_basis(name, x.t() @ (error @ factor))
-
-
-def _coordinates(x: Tensor, basis: Tensor) -> Tensor:
-    """``x A``, float32 [rows, r]."""
-    with unrounded(basis.device):
-        return x.to(basis.device).float() @ basis
+                self.estimate.add_basis(self.branches.owner(name), x.t() @ (error @ factor))

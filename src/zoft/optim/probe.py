@@ -138,6 +138,10 @@ class SideBranches:
         fresh = self.fresh.get(name)
         return fresh.vectors if fresh is not None else self.bases.get(name)
 
+    def owner(self, name: str) -> str:
+        """The first map that has the basis of map `name`, which several may share."""
+        return next(other for other, basis in self.bases.items() if basis is self.bases[name])
+
     def move_bases(self, names: Sequence[str], moves: list[Tensor] | tuple[Tensor, ...]) -> None:
         """Add `moves` [d_in, r] to the bases of maps `names`, in place."""
         torch._foreach_add_([self.bases[name] for name in names], moves)

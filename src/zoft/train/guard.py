@@ -66,11 +66,11 @@ class Guard:
         bases = dict(zero_order.bases) if zero_order else {}
         self._load(self._folder / INITIAL)
         if zero_order and zero_order.keeps_coefficients and not zero_order.bases:
-            if zero_order.trains_bases:  # they have moved too
+            if zero_order.trains_bases:  # they have moved too: zeros, until the next batch gives new ones
                 bases = {name: torch.zeros_like(basis) for name, basis in bases.items()}
             zero_order.set_bases(bases)  # with coefficients of zero, which can be saved
             if zero_order.trains_bases:
-                zero_order.renewed_at = None  # so that the next batch gives new ones
+                zero_order.renewed_at = None
         state.best_global_step = state.best_metric = state.best_model_checkpoint = None  # of after the trouble began
         return 0
 
