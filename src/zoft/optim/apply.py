@@ -1,11 +1,14 @@
-"""From an estimate to moved parameters."""
+"""From estimates to moved parameters."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Set
 from typing import TYPE_CHECKING
 
 import torch
 
+from zoft.optim.counters import EstimateWarning
 from zoft.optim.estimator import Estimate
 from zoft.optim.noise import Key
 from zoft.optim.write import add_dense_, add_noise_
@@ -15,6 +18,34 @@ if TYPE_CHECKING:
 
 FASTER = 2  # bases than coefficients, as LoRA's are, which begin at random: docs/guided.md
 LAYERS = 32  # moved together: as many have copies of their estimates at a time
+
+
+def add(optimizer: ZeroOrder, found: Estimate, gradients: list[float], unread: Set[str]) -> None:
+    """Add what was `found`, by projected `gradients`, to the estimates since the last step, if it is sound.
+
+    Parameters that were `unread` stay still.
+    """
+    optimizer.projected_gradients, optimizer.unused = gradients, unread
+    if optimizer.unused:
+        optimizer._warn(
+            "unused",
+            f"{len(optimizer.unused)} parameters are not read through their own module and stay "
+            f"still, for instance {min(optimizer.unused)}",
+        )
+    total = optimizer._estimate = optimizer._estimate or Estimate()
+    finite = [g for g in gradients if math.isfinite(g)]
+    # Of examples with directions of their own each one's counts: their mean may be 0 though none of them is.
+    sound = [along for _, along in found.probed if math.isfinite(along.mean())]
+    slopes = torch.cat([along.reshape(-1) for along in sound]).tolist() if sound else finite
+    if gradients and not finite:
+        optimizer.counters.skipped += 1
+        message = "the loss is not finite; the estimate was skipped. Try a smaller lr or eps"
+        optimizer._warn("skipped", message, EstimateWarning)
+    elif finite and not any(slopes):
+        optimizer.counters.zero += 1
+        optimizer._warn("zero", "the loss did not change under the perturbation; try a larger eps", EstimateWarning)
+    else:
+        total.merge(found, optimizer.pace(slopes) if finite else 1.0)
 
 
 def apply(optimizer: ZeroOrder, estimate: Estimate) -> None:

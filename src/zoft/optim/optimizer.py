@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim import check, checkpoint
-from zoft.optim.apply import apply, rounding_key
+from zoft.optim.apply import add, apply, rounding_key
 from zoft.optim.capture import Basis, captured
-from zoft.optim.counters import Counters, EstimateWarning
+from zoft.optim.counters import Counters
 from zoft.optim.estimator import Estimate, Estimator, Probes
 from zoft.optim.guided import Guided
 from zoft.optim.landscape import Closure, Landscape, uncompiled
@@ -223,35 +223,8 @@ class ZeroOrder(torch.optim.Optimizer):
         self._drawn = landscape.drawn
         unread = self.dense.keys() - landscape.used
         self.traces.append(trace_of(self, found, unread))
-        self.add_estimate(found, gradients, unread)
+        add(self, found, gradients, unread)
         return torch.tensor(self.loss)
-
-    def add_estimate(self, found: Estimate, gradients: list[float], unread: Set[str]) -> None:
-        """Add what was `found`, by projected `gradients`, to the estimates since the last step, if it is sound.
-
-        Parameters that were `unread` stay still.
-        """
-        self.projected_gradients, self.unused = gradients, unread
-        if self.unused:
-            self._warn(
-                "unused",
-                f"{len(self.unused)} parameters are not read through their own module and stay "
-                f"still, for instance {min(self.unused)}",
-            )
-        total = self._estimate = self._estimate or Estimate()
-        finite = [g for g in gradients if math.isfinite(g)]
-        # Of examples with directions of their own each one's counts: their mean may be 0 though none of them is.
-        sound = [along for _, along in found.probed if math.isfinite(along.mean())]
-        slopes = torch.cat([along.reshape(-1) for along in sound]).tolist() if sound else finite
-        if gradients and not finite:
-            self.counters.skipped += 1
-            message = "the loss is not finite; the estimate was skipped. Try a smaller lr or eps"
-            self._warn("skipped", message, EstimateWarning)
-        elif finite and not any(slopes):
-            self.counters.zero += 1
-            self._warn("zero", "the loss did not change under the perturbation; try a larger eps", EstimateWarning)
-        else:
-            total.merge(found, self.pace(slopes) if finite else 1.0)
 
     @torch.no_grad()
     def calibrate(self, *closures: Closure) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from zoft.optim.apply import add
 from zoft.optim.estimator import Estimate, Probes
 from zoft.optim.probe import Direction
 from zoft.optim.subspace import Activation
@@ -66,7 +67,7 @@ def replay(optimizer: ZeroOrder, step: int, lr: float, traces: Sequence[Trace]) 
             found.probed.append((direction, gradient))
             drawn += 1
         optimizer.estimator.weigh(found, one.shared)
-        optimizer.add_estimate(found, [float(gradient.mean()) for gradient in one.gradients], one.unread)
+        add(optimizer, found, [float(gradient.mean()) for gradient in one.gradients], one.unread)
     optimizer.step()
 
 
