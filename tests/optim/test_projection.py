@@ -39,6 +39,7 @@ def test_what_is_no_rotation_is_none() -> None:
     assert Rotation.of(x, x.tanh()) is None
     assert Rotation.of(x, rotated(x, 8) * torch.linspace(1, 2, 16)) is None
     assert Rotation.of(x, torch.randn_like(x)) is None
+    assert Rotation.of(x[..., 1:], torch.randn(6, 3, 15)) is None  # once an error: the last one has no neighbour
 
 
 @pytest.mark.parametrize("half", [0, 1, 8])

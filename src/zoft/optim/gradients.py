@@ -6,10 +6,12 @@ is ``G^T C``. Both are taken without G: ``e^T (x A)`` and ``x^T (e C)``. Trainin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from zoft.optim.capture import OfLastInput
 from zoft.optim.estimator import Estimate
 from zoft.optim.placement import unrounded
 from zoft.optim.probe import SideBranches
@@ -22,6 +24,7 @@ class Gradients:
     branches: SideBranches
     estimate: Estimate
     bases: bool
+    _by_factor: OfLastInput[dict[str, Tensor]] = field(default_factory=OfLastInput, repr=False)
 
     def keep(self, name: str, x: Tensor) -> Tensor | None:
         """What `add` takes of the inputs `x` [rows, d_in] of map `name`: these, or float32 [rows, r] of them.
@@ -29,20 +32,30 @@ class Gradients:
         None if the map is not trained.
         """
         basis = self.branches.basis(name)
-        if basis is None or self.bases:
-            return None if basis is None else x
-        with unrounded(basis.device):
-            return x.to(basis.device).float() @ basis
+        if basis is None:
+            return None
+        return x if self.bases else self._coordinates(x, basis)
 
     def add(self, name: str, kept: Tensor, error: Tensor) -> None:
         """Add what map `name` learns from what was `kept` and the `error` float32 [rows, d_out] at its outputs."""
-        basis, factor = self.branches.basis(name), self.branches.factors.get(name)
+        basis = self.branches.basis(name)
         assert basis is not None
+        coordinates = self._coordinates(kept, basis) if self.bases else kept
         with unrounded(basis.device):
-            if not self.bases:
-                self.estimate.add_factor(name, error.t() @ kept)
-                return
-            x = kept.to(basis.device).float()
-            self.estimate.add_factor(name, error.t() @ (x @ basis))
-            if factor is not None:
-                self.estimate.add_basis(self.branches.owner(name), x.t() @ (error @ factor))
+            self.estimate.add_factor(name, error.t() @ coordinates)
+            at_coordinates = self.by_factor(name, error) if self.bases else None
+            if at_coordinates is not None:
+                x = kept.to(basis.device).float()
+                self.estimate.add_basis(self.branches.owner(name), x.t() @ at_coordinates)
+
+    def by_factor(self, name: str, error: Tensor) -> Tensor | None:
+        """``e C`` [rows, r], the `error` at map `name`'s coordinates; None while it has no coefficients."""
+        factor, known = self.branches.factors.get(name), self._by_factor.get(error, dict)
+        if factor is not None and name not in known:
+            known[name] = error @ factor
+        return known.get(name)
+
+    def _coordinates(self, x: Tensor, basis: Tensor) -> Tensor:
+        """``x A``, float32 [rows, r]."""
+        with unrounded(basis.device):
+            return self.branches.project(x.to(basis.device), basis, torch.float32)

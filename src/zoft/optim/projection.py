@@ -30,41 +30,45 @@ class Rotation:
     def of(cls, x: Tensor, y: Tensor) -> Rotation | None:
         """The one that makes heads `x` [n, H, d] to `y`."""
         x, y = exact(x), exact(y)
-        found = (cls(half) for half in range(x.shape[-1] // 2, 0, -1))
+        size = x.shape[-1]
+        found = (cls(half) for half in range(size // 2, size % 2, -1))  # an odd number of neighbours is no pairs
         return next((rotation for rotation in found if rotation._makes(x, y)), None)
 
     def _makes(self, x: Tensor, y: Tensor) -> bool:
         cos, sin = self.angles(x, y)
-        partner, sign = self._pairs(x)
+        sign = self._sign(x)
         length = (cos.square() + sin.square()).sqrt()[..., sign != 0]  # not 1 where positions are scaled (YaRN)
         constant = bool(((length - length.mean()).abs() < 0.05 * length.mean()).all())
-        return constant and close(x * cos + x[..., partner] * sin * sign, y)
+        return constant and close(x * cos + self._partner(x) * sin * sign, y)
 
     def angles(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [n, 1, d], times one number, by which `x` [n, H, d] was turned to `y`."""
-        partner, sign = self._pairs(x)
-        size = (x.square() + x[..., partner].square()).sum(1, keepdim=True)
+        partner = self._partner(x)
+        size = (x.square() + partner.square()).sum(1, keepdim=True)
         size = size.clamp(min=torch.finfo(x.dtype).tiny)
-        straight, across = x * y, x[..., partner] * y
-        cos = (straight + straight[..., partner]).sum(1, keepdim=True) / size
-        return cos, sign * (across - across[..., partner]).sum(1, keepdim=True) / size
+        straight, across = x * y, partner * y
+        cos = (straight + self._partner(straight)).sum(1, keepdim=True) / size
+        return cos, self._sign(x) * (across - self._partner(across)).sum(1, keepdim=True) / size
 
     def pull(self, error: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """The error at `x`, for that at `y` [n, H, d], all float32."""
-        if not self.half:
-            return error
         cos, sin = self.angles(x, y)
-        partner, sign = self._pairs(x)
-        return error * cos - error[..., partner] * sin * sign
+        return error * cos - self._partner(error) * sin * self._sign(x)
 
-    def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Each number's partner int64 [d], and which way they turn, -1, 1 or, alone, 0."""
+    def _partner(self, x: Tensor) -> Tensor:
+        """Each number's partner, or itself, in its place: pieces of a head at a time, which gathering would not be."""
+        if self.half == 1:
+            return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        half, rest = self.half, x.shape[-1] - 2 * self.half
+        first, second, alone = x.split((half, half, rest), -1)
+        return torch.cat((second, first, alone), -1)
+
+    def _sign(self, x: Tensor) -> Tensor:
+        """Which way each number of a head turns, -1, 1 or, alone, 0."""
         place = torch.arange(x.shape[-1], device=x.device)
         if self.half == 1:
-            return place ^ 1, (2.0 * (place % 2) - 1).to(x.dtype)
-        paired = place < 2 * self.half
-        sign = torch.where(place < self.half, -1.0, 1.0) * paired
-        return torch.where(paired, (place + self.half) % (2 * self.half), place), sign.to(x.dtype)
+            return (2 * (place % 2) - 1).to(x.dtype)
+        return (torch.where(place < self.half, -1, 1) * (place < 2 * self.half)).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,10 @@ class Projection:
     def pull(self, error: Tensor, outputs: Tensor, heads: Tensor) -> Tensor:
         """The error at the map's `outputs` [n, d_out], float32, for that at the `heads` [n, H, d] that came of them."""
         parts = outputs if self.norm is None else outputs.unflatten(1, (-1, len(self.norm.gain)))
-        normed = parts if self.norm is None else self.norm.module(parts).flatten(1)
-        x = normed[:, self.columns].view(heads.shape)
-        error = self.rotation.pull(error, x.float(), heads.float())
+        if self.rotation.half:
+            normed = parts if self.norm is None else self.norm.module(parts).flatten(1)
+            x = normed[:, self.columns].view(heads.shape)
+            error = self.rotation.pull(error, x.float(), heads.float())
         at_normed = error.new_zeros(outputs.shape).index_add_(1, self.columns, error.flatten(1))
         if self.norm is None:
             return at_normed

@@ -91,29 +91,23 @@ class FeedForward:
         """The maps of x."""
         return (self.gate,) if self.up is None else (self.gate, self.up)
 
-    def pull(
-        self, outputs: Mapping[str, Tensor], error: Tensor, transposed: Transposed
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``J(x)^T error`` [n, d], and the errors at the `outputs` of `inner` [n, d_ff], by name.
+    def pull(self, outputs: Mapping[str, Tensor], error: Tensor, transposed: Transposed) -> Tensor:
+        """``J(x)^T error`` [n, d], for the `outputs` of `inner`, by name.
 
-        `error` is at the output of `down`; `transposed` multiplies by a map's weight.
+        `error` is at the output of `down`; `transposed` is given the error at each map's, and multiplies by its weight.
         """
         hidden = transposed(self.down, error)
         if self.halves is not None:
             opening, factor = (outputs[self.gate.name][:, half] for half in self.halves)
             at_opening = hidden * slope_of(self.act, opening) * factor.float()
             both = at_opening, hidden * self.act(opening).float()
-            errors = {self.gate.name: torch.cat(both if self.halves[0].start == 0 else both[::-1], dim=1)}
-            return transposed(self.gate, errors[self.gate.name]), errors
+            return transposed(self.gate, torch.cat(both if self.halves[0].start == 0 else both[::-1], dim=1))
         opening = outputs[self.gate.name]
-        errors = {self.gate.name: hidden * slope_of(self.act, opening)}
-        if self.up is not None:
-            errors[self.gate.name] *= outputs[self.up.name].float()
-            errors[self.up.name] = hidden * self.act(opening).float()
-        at_x = transposed(self.gate, errors[self.gate.name])
-        if self.up is not None:
-            at_x = at_x + transposed(self.up, errors[self.up.name])
-        return at_x, errors
+        at_gate = hidden * slope_of(self.act, opening)
+        if self.up is None:
+            return transposed(self.gate, at_gate)
+        at_gate *= outputs[self.up.name].float()
+        return transposed(self.gate, at_gate) + transposed(self.up, hidden * self.act(opening).float())
 
 
 Transposed = Callable[[LinearMap, Tensor], Tensor]

@@ -17,7 +17,7 @@ from zoft.optim.stream import Head, Stream
 from zoft.optim.transpose import FeedForward, Norm, transposed_product
 
 JOINED = 1 << 23  # numbers of an error at the logits that are multiplied by the head's weight at a time
-ROWS = 128  # that go back through a feed-forward part at a time: what lies between its maps stays in a cache
+ROWS = 128  # that go back through a feed-forward part, or a rotation, at a time: what lies between stays in a cache
 
 
 @dataclass
@@ -76,9 +76,12 @@ class WayBack:
         """The error at what `part` reads of the stream, for that at its output; adds what its inner maps learn."""
         weights = [layer.weight for layer in (*part.inner, part.down)]
         at_hand = all(weight is not None and not weight.is_meta for weight in weights)  # else each part loads them
-        together = ROWS if at_hand else len(error)
-        parts = [slice(start, start + together) for start in range(0, len(error), together)]
-        return torch.cat([self._fed_forward(part, error[rows], rows) for rows in parts])
+        parts = _slices(len(error), ROWS if at_hand else len(error))
+        found = torch.cat([self._fed_forward(part, error[rows], rows) for rows in parts])
+        for layer in part.inner:  # room for what the way through attention takes
+            self.kept.outputs.pop(layer.name, None)
+            self.kept.learned_from.pop(layer.name, None)
+        return found
 
     def _fed_forward(self, part: FeedForward, error: Tensor, rows: slice) -> Tensor:
         """The same for some `rows`."""
@@ -87,15 +90,13 @@ class WayBack:
         if part.gate.name in self.kept.outputs:
             outputs = {name: self.kept.outputs[name][rows] for name in names}
             known = self.kept.learned_from
-            inputs = {name: known[name][rows] if name in known else None for name in names}
+            shared = {id(known[name]): known[name][rows] for name in names if name in known}
+            inputs = {name: shared[id(known[name])] if name in known else None for name in names}
         else:
             x = h if part.norm is None else part.norm.module(h)
             outputs = {layer.name: layer.modules[0](x) for layer in part.inner}
             inputs = {name: self.gradients.keep(name, x) for name in names}
-        at_x, errors = part.pull(outputs, error, self.transposed)
-        for name, kept in inputs.items():
-            if kept is not None:
-                self.gradients.add(name, kept, errors[name])
+        at_x = part.pull(outputs, error, lambda layer, at_map: self.pulled(layer, inputs.get(layer.name), at_map))
         return _behind(part.norm, h, at_x)
 
     def attended(self, writer: Writer, attention: Attention, error: Tensor) -> Tensor:
@@ -108,22 +109,26 @@ class WayBack:
         made = (attention.queries, pattern.query), (attention.keys, pattern.key), (attention.values, pattern.value)
         for (part, heads), at_part in zip(made, pattern.pull(at_heads), strict=True):
             if part is not None:
-                name = part.map.name
-                at_map = part.pull(at_part, self.kept.outputs[name], pattern.rows(heads))
+                name, outputs, heads = part.map.name, self.kept.outputs[part.map.name], pattern.rows(heads)
+                pieces = _slices(len(error), ROWS)
+                at_map = torch.cat([part.pull(at_part[rows], outputs[rows], heads[rows]) for rows in pieces])
                 errors[name] = errors[name] + at_map if name in errors else at_map
         at_x = torch.zeros_like(error)
         for name, at_map in errors.items():
-            if (inputs := self.kept.learned_from.pop(name, None)) is not None:
-                self.gradients.add(name, inputs, at_map)
-            at_x = at_x + self.transposed(attention.maps[name], at_map)
+            at_x = at_x + self.pulled(attention.maps[name], self.kept.learned_from.pop(name, None), at_map)
         return _behind(attention.norm, self.kept.inputs[attention.reader], at_x)
+
+    def pulled(self, layer: LinearMap, inputs: Tensor | None, error: Tensor) -> Tensor:
+        """The error at what `layer` is given, for that at its output; adds what it learns, if `inputs` were kept."""
+        if inputs is not None:
+            self.gradients.add(layer.name, inputs, error)
+        return self.transposed(layer, error)
 
     def transposed(self, layer: LinearMap, error: Tensor) -> Tensor:
         """``error W`` with the weight as it is in this pass, coefficients included."""
         product = transposed_product(layer, error)
-        branches = self.gradients.branches
-        coefficients, basis = branches.factors.get(layer.name), branches.basis(layer.name)
-        return product if coefficients is None or basis is None else product + error @ coefficients @ basis.t()
+        at_coordinates, basis = self.gradients.by_factor(layer.name, error), self.gradients.branches.basis(layer.name)
+        return product if at_coordinates is None or basis is None else product + at_coordinates @ basis.t()
 
 
 def _joined(parts: Iterable[Tensor], layer: LinearMap) -> Iterator[Tensor]:
@@ -137,6 +142,11 @@ def _joined(parts: Iterable[Tensor], layer: LinearMap) -> Iterator[Tensor]:
             some.clear()
     if some:
         yield torch.cat(some, -2)
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    """Of `count` rows, so many at a time."""
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _behind(norm: Norm | None, h: Tensor, at_x: Tensor) -> Tensor:
