@@ -114,8 +114,8 @@ def test_its_cost_is_that_of_the_model_it_adds_to(adapter: Path, zoft: Callable[
     few = ["--methods", "lora", "--lengths", 16, "--device", "cpu", "--json"]
     points = zoft("bench", "memory", adapter, *few).json()["points"]
     assert [point["failed"] for point in points] == [None] * 3
-    timed = zoft("bench", "step", adapter, "--method", "agzo,zo-act", "--repeats", 2, "--device", "cpu", "--json")
-    assert timed.json()["methods"].keys() == {"agzo", "zo-act"}
+    few = ["--method", "agzo", "--batch-size", 1, "--length", 8, "--repeats", 2, "--device", "cpu", "--json"]
+    assert zoft("bench", "step", adapter, *few).json()["seconds_per_step"] > 0
 
 
 TOKENS = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
