@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from zoft.optim.capture import OfLastInput
@@ -24,6 +23,7 @@ class Gradients:
     branches: SideBranches
     estimate: Estimate
     bases: bool
+    _by_basis: OfLastInput[dict[int, tuple[Tensor, Tensor]]] = field(default_factory=OfLastInput, repr=False)
     _by_factor: OfLastInput[dict[str, Tensor]] = field(default_factory=OfLastInput, repr=False)
 
     def keep(self, name: str, x: Tensor) -> Tensor | None:
@@ -56,6 +56,9 @@ class Gradients:
         return known.get(name)
 
     def _coordinates(self, x: Tensor, basis: Tensor) -> Tensor:
-        """``x A``, float32 [rows, r]."""
-        with unrounded(basis.device):
-            return self.branches.project(x.to(basis.device), basis, torch.float32)
+        """``x A``, float32 [rows, r], computed once for maps that share both."""
+        known = self._by_basis.get(x, dict)
+        if id(basis) not in known:
+            with unrounded(basis.device):
+                known[id(basis)] = basis, x.to(basis.device).float() @ basis  # while it is held, its number is its own
+        return known[id(basis)][1]
