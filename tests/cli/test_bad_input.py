@@ -65,6 +65,7 @@ def assert_refused(outcome: Outcome, message: str, out: Path | None = None) -> N
         (["--seed", "-1"], "seed must be at least 0"),
         (["--dtype", "float31"], "did you mean float32?"),
         (["--schedule", "cosin"], "did you mean cosine?"),
+        (["--schedule", "polynomial", "--lr", "0"], "a polynomial schedule falls to 0"),
         (["--device", "warp"], "no device 'warp'"),
         (["--device", "cuda:99"], "no device 'cuda:99'"),
         (["--save-steps", "3"], "multiple of eval_steps (2)"),

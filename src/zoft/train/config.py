@@ -220,6 +220,8 @@ class TrainConfig:
                 raise UserError(f"{name} must be a number above 0, not {value}")
         if self.seconds is not None and self.schedule not in ("constant", None):
             raise UserError(f"a {self.schedule} schedule needs the number of steps, which seconds leaves open")
+        if self.schedule == "polynomial" and self.lr == 0:
+            raise UserError("a polynomial schedule falls to 0, from an lr above it")
         if self.eps == 0:
             raise UserError("eps must be above 0: it is the distance at which the loss is probed")
         if self.save_steps is not None and self.save_steps % self.eval_steps:
