@@ -29,7 +29,7 @@ import zoft
 from zoft.bench import align
 from zoft.data import load_rows, load_task, sample
 from zoft.optim import SGD, Activation
-from zoft.optim.estimator import Estimate
+from zoft.optim.estimator import Estimate, add_to
 from zoft.optim.guided import Guided
 from zoft.optim.landscape import Landscape
 from zoft.optim.methods.zoact import HEADS
@@ -64,7 +64,7 @@ class Corrected:
             shrink = 1 / self._count(found) if self.how == "control variate, shrunk" else 1.0
             estimate.add(direction, (slope - expected) * shrink)
             for name, factor in found.factors.items():
-                estimate.add_factor(name, factor)
+                add_to(estimate.factors, name, factor)
         return loss, []
 
     def _count(self, found: Estimate) -> int:

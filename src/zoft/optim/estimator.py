@@ -49,29 +49,26 @@ class Estimate:
         mean = float(coefficient.mean())
         for name, factor in direction.factors.items():
             if factor.dim() == 2:
-                self.add_factor(name, factor * (mean / scale))
+                add_to(self.factors, name, factor * (mean / scale))
             elif name in shared:
-                self.add_factor(name, factor[0] * (mean / scale))
+                add_to(self.factors, name, factor[0] * (mean / scale))
             else:
                 weights = coefficient.to(factor.device, factor.dtype) / (len(coefficient) * scale)
-                self.add_factor(name, torch.einsum("b,bor->or", weights, factor))
+                add_to(self.factors, name, torch.einsum("b,bor->or", weights, factor))
         self.dense.append((direction.key, mean))
 
     def merge(self, other: Estimate, scale: float = 1.0) -> None:
         """Add `other`, times `scale`, as one more estimate."""
-        for theirs, add in ((other.factors, self.add_factor), (other.bases, self.add_basis)):
+        for sums, theirs in ((self.factors, other.factors), (self.bases, other.bases)):
             for name, found in theirs.items():
-                add(name, found if scale == 1 else found * scale)
+                add_to(sums, name, found if scale == 1 else found * scale)
         self.dense.extend((key, c * scale) for key, c in other.dense)
         self.count += 1
 
-    def add_factor(self, name: str, factor: Tensor) -> None:
-        """Add `factor` [d_out, r] to the left factor of map `name`."""
-        self.factors[name] = self.factors[name] + factor if name in self.factors else factor
 
-    def add_basis(self, name: str, found: Tensor) -> None:
-        """Add `found` [d_in, r] to what was found for the basis that map `name` is the first to have."""
-        self.bases[name] = self.bases[name] + found if name in self.bases else found
+def add_to(sums: dict[str, Tensor], name: str, found: Tensor) -> None:
+    """Add `found` to the one of `sums` with that `name`."""
+    sums[name] = sums[name] + found if name in sums else found
 
 
 class Estimator(Protocol):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from zoft.optim.capture import OfLastInput
-from zoft.optim.estimator import Estimate
+from zoft.optim.estimator import Estimate, add_to
 from zoft.optim.placement import unrounded
 from zoft.optim.probe import SideBranches
 
@@ -42,11 +42,11 @@ class Gradients:
         assert basis is not None
         coordinates = self._coordinates(kept, basis) if self.bases else kept
         with unrounded(basis.device):
-            self.estimate.add_factor(name, error.t() @ coordinates)
+            add_to(self.estimate.factors, name, error.t() @ coordinates)
             at_coordinates = self.by_factor(name, error) if self.bases else None
             if at_coordinates is not None:
                 x = kept.to(basis.device).float()
-                self.estimate.add_basis(self.branches.owner(name), x.t() @ at_coordinates)
+                add_to(self.estimate.bases, self.branches.owner(name), x.t() @ at_coordinates)
 
     def by_factor(self, name: str, error: Tensor) -> Tensor | None:
         """``e C`` [rows, r], the `error` at map `name`'s coordinates; None while it has no coefficients."""
