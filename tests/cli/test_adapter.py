@@ -143,6 +143,10 @@ def test_virtual_tokens_are_trained_on(
         load_file(place / "adapter_model.safetensors")["prompt_embeddings"] for place in (tokens, run / "adapter")
     )
     assert old.shape == new.shape and bool((old != new).all())
+
+
+def test_virtual_tokens_have_their_cost_measured(zoft: Callable[..., Outcome], model: Path, tmp_path: Path) -> None:
+    tokens = write_tokens(PrefixTuningConfig(**TOKENS), model, tmp_path / "tokens")
     assert zoft("bench", "memory", tokens, "--methods", "agzo", "--lengths", 8, "--device", "cpu").code == 0
 
 

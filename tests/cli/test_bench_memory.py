@@ -1,6 +1,8 @@
 """``zoft bench memory``: the command line, and the processes that it starts."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +24,15 @@ def test_points_and_plot(memory: Callable[..., Outcome], tmp_path: Path) -> None
     assert plot.stat().st_size > 1000 and found["texts"] is False
 
 
-def test_texts(memory: Callable[..., Outcome]) -> None:
+def test_texts(model: Path) -> None:
     """Logits at all tokens take more than at the last alone."""
-    flags = ("--methods", "guided", "--lengths", "256", "--batch-size", "64", "--json")
-    labels, texts = (memory(*flags, *more).json()["points"] for more in ((), ("--texts",)))
-    assert all(more["peak_memory_bytes"] > less["peak_memory_bytes"] for more, less in zip(texts, labels, strict=True))
+    point = {"model": str(model), "row": "inference", "dtype": "auto", "device": "cpu", "length": 256, "batch_size": 64}
+
+    def peak(texts: bool) -> int:
+        command = [sys.executable, "-m", "zoft", "bench", "memory-point", json.dumps(point | {"texts": texts})]
+        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["peak_memory_bytes"]
+
+    assert peak(texts=True) > peak(texts=False)
 
 
 @pytest.mark.parametrize(
@@ -51,11 +57,19 @@ def test_one_point(row: str, dtype: str, texts: bool, zoft: Callable[..., Outcom
 def test_table_and_failures(memory: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "zoft").mkdir()
     (tmp_path / "zoft" / "__init__.py").touch()
-    (tmp_path / "zoft" / "__main__.py").write_text("import os; os.kill(os.getpid(), 9)")
+    points = tmp_path / "points"
+    (tmp_path / "zoft" / "__main__.py").write_text(
+        f"import os, sys; print(sys.argv[-1], file=open({str(points)!r}, 'a'), flush=True); os.kill(os.getpid(), 9)"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    outcome = memory("--methods", "agzo", "--lengths", "8,16")
+    outcome = memory("--methods", "agzo", "--lengths", "8,16", "--texts")
     assert outcome.code == 0
     assert outcome.out.count("failed: ended by signal 9, for lack of memory?") == 4
+    asked = [json.loads(line) for line in points.read_text().splitlines()]
+    assert [(point["row"], point["length"]) for point in asked] == [
+        ("inference", 8), ("agzo", 8), ("inference", 16), ("agzo", 16)
+    ]  # fmt: skip
+    assert all(point["texts"] for point in asked)
 
 
 @pytest.mark.parametrize(
