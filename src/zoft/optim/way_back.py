@@ -90,6 +90,7 @@ class WayBack:
         if part.gate.name in self.kept.outputs:
             outputs = {name: self.kept.outputs[name][rows] for name in names}
             known = self.kept.learned_from
+            # What both were given stays one tensor, so that its product with a basis of both is made once.
             shared = {id(known[name]): known[name][rows] for name in names if name in known}
             inputs = {name: shared[id(known[name])] if name in known else None for name in names}
         else:
