@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from forks import spawn
 from scripts import ROOT, load
 from zoft.optim import Guided, Loss, cross_entropy
 from zoft.train.files import read_json

@@ -1,62 +1,77 @@
 """``zoft train`` as several processes: one run, whose result is that of one process; one that dies stops the others."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from forks import WAY
 from train.tiny import reviews
+from zoft.cli import main
+from zoft.train.task_trainer import TaskTrainer
 
 from .conftest import Outcome, write_rows
 
 FEW = ("--task", "sst2", "--steps", 6, "--eval-steps", 2, "--save-steps", 2, "--batch-size", 7)
 FEW += ("--dtype", "float32", "--device", "cpu", "--lr", "1e-2")
-SIGNALLED = """
-import logging, os, signal, sys
-logging.disable(logging.ERROR)  # of libraries that are imported here sooner than zoft would
-from zoft.cli import main
-from zoft.train.task_trainer import TaskTrainer
-number, rank, step = map(int, sys.argv.pop().split(","))
-before = TaskTrainer.training_step
-def training_step(self, *args, **options):
-    if (self.args.process_index, self.state.global_step) == (rank, step):
-        os.kill(os.getpid(), number)
-    return before(self, *args, **options)
-TaskTrainer.training_step = training_step
-main()
-"""
 
 
-def together(count: int, *args: object, sent: str | None = None) -> list[Outcome]:
-    """``zoft train`` in `count` processes; with `sent`, "signal,rank,step", a process sends itself a signal there.
+class Sent(NamedTuple):
+    """A signal that a process sends itself at a step."""
+
+    number: int
+    rank: int
+    step: int
+
+
+def process(rank: int, arguments: list[str], shared: dict[str, str], folder: Path, sent: Sent | None) -> None:
+    """``zoft`` with `arguments`, as one of several processes."""
+    os.environ |= shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), stream)
+    if sent is not None and sent.rank == rank:
+        before = TaskTrainer.training_step
+
+        def training_step(self: TaskTrainer, *args: Any, **options: Any) -> Any:
+            if self.state.global_step == sent.step:
+                os.kill(os.getpid(), sent.number)
+            return before(self, *args, **options)
+
+        TaskTrainer.training_step = training_step  # type: ignore[method-assign]
+    sys.argv = ["zoft", *arguments]
+    main()
+
+
+def together(count: int, *args: object, sent: Sent | None = None) -> list[Outcome]:
+    """``zoft train`` in `count` processes, to one of which a signal may be `sent`.
 
     {rank} in an argument becomes a process's number.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    command = [sys.executable, *(["-m", "zoft"] if sent is None else ["-c", SIGNALLED]), "train", *map(str, args)]
-    processes = [
-        subprocess.Popen(
-            [part.replace("{rank}", str(rank)) for part in (*command, *([] if sent is None else [sent]))],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    return [Outcome(p.returncode, out, err) for p in processes for out, err in [p.communicate(timeout=120)]]
+    with tempfile.TemporaryDirectory() as name:
+        folder, processes = Path(name), []
+        for rank in range(count):
+            own = ["train", *(str(part).replace("{rank}", str(rank)) for part in args)]
+            given = (rank, own, shared, folder, sent)
+            processes.append(multiprocessing.get_context(WAY).Process(target=process, args=given))
+            processes[-1].start()
+        for one in processes:
+            one.join(timeout=120)
+        said = [[(folder / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(count)]
+    return [Outcome(one.exitcode, *texts) for one, texts in zip(processes, said, strict=True)]
 
 
 @pytest.fixture
@@ -105,7 +120,7 @@ def test_one_that_dies_stops_the_others(
 ) -> None:
     out, whole = tmp_path / "run", tmp_path / "whole"
     arguments = (*arguments, "--method", "agzo")
-    first, second = together(2, *arguments, "--out", out, sent=f"{signal.SIGKILL:d},1,3")
+    first, second = together(2, *arguments, "--out", out, sent=Sent(signal.SIGKILL, rank=1, step=3))
     assert second.code == -signal.SIGKILL
     assert first.code == 2 and first.err.count("\n") == 1 and "another process of this run has ended" in first.err
     assert f"zoft train --resume {out}" in first.err
@@ -117,7 +132,7 @@ def test_one_that_dies_stops_the_others(
 def test_a_signal_to_one_stops_all(arguments: tuple[object, ...], zoft: Callable[..., Outcome], tmp_path: Path) -> None:
     out, whole = tmp_path / "run", tmp_path / "whole"
     arguments = (*arguments, "--method", "agzo")
-    stopped = together(2, *arguments, "--out", out, sent=f"{signal.SIGTERM:d},1,2")
+    stopped = together(2, *arguments, "--out", out, sent=Sent(signal.SIGTERM, rank=1, step=2))
     assert [one.code for one in stopped] == [128 + signal.SIGTERM] * 2
     assert f"zoft train --resume {out}" in stopped[0].err and stopped[1].err == ""
     assert (out / "checkpoint-3" / "seal.json").is_file()

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing import spawn
 
+from forks import spawn
 from zoft.optim import AGZO, AIMZO, LOZO, Guided, Loss, MeZO, ZeroOrder, ZOAct, cross_entropy
 
 from .models import llama, snapshot, token_batch

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.multiprocessing import spawn
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from forks import spawn
 from zoft.optim import AGZO, AIMZO, LOZO, Guided, MeZO, ZeroOrder, ZOAct
 from zoft.optim.placement import device_of
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
 from transformers import TrainingArguments
 
+from forks import spawn
 from zoft import LOZO, ZOTrainer
 
 from .tiny import make_model
