@@ -1,16 +1,14 @@
 """`zoft.bench.process`: what becomes of a run whose suite is ended."""
 
-import subprocess
+import multiprocessing
+import signal
 import sys
 import time
 from pathlib import Path
 
-SUITE = """
-import signal, sys
+from forks import WAY
 from zoft.bench.process import _ended
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-_ended([sys.executable, "-c", sys.argv[1], sys.argv[2]], {})
-"""
+
 RUN = """
 import signal, sys, time
 from pathlib import Path
@@ -24,11 +22,18 @@ time.sleep(60)
 """
 
 
+def suite(folder: Path) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _ended([sys.executable, "-c", RUN, str(folder)], {})
+
+
 def test_it_has_time_for_its_checkpoint(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", SUITE, RUN, str(tmp_path)]) as suite:
-        while not (tmp_path / "begun").exists():
-            assert suite.poll() is None
-            time.sleep(0.01)
-        suite.terminate()
-    assert suite.returncode == 143
+    process = multiprocessing.get_context(WAY).Process(target=suite, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "begun").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 143
     assert (tmp_path / "checkpoint").exists()

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from forks import ended
 from train.tiny import TOKENIZER, make_model, reviews
+from zoft.bench import process
 from zoft.cli import main
 from zoft.train import assemble
 from zoft.train.callbacks import RunLog
@@ -46,6 +48,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model().save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``zoft bench`` starts are processes that have imported zoft already."""
+    monkeypatch.setattr(process, "_ended", ended)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -110,6 +110,7 @@ def test_other_methods_are_measured_on_its_own_parameters(
         assert zoft("doctor", adapter, *rows, "--method", method).json()["slope"] > 0
 
 
+@pytest.mark.usefixtures("forked")
 def test_its_cost_is_that_of_the_model_it_adds_to(adapter: Path, zoft: Callable[..., Outcome]) -> None:
     few = ["--methods", "lora", "--lengths", 16, "--device", "cpu", "--json"]
     points = zoft("bench", "memory", adapter, *few).json()["points"]
@@ -145,6 +146,7 @@ def test_virtual_tokens_are_trained_on(
     assert old.shape == new.shape and bool((old != new).all())
 
 
+@pytest.mark.usefixtures("forked")
 def test_virtual_tokens_have_their_cost_measured(zoft: Callable[..., Outcome], model: Path, tmp_path: Path) -> None:
     tokens = write_tokens(PrefixTuningConfig(**TOKENS), model, tmp_path / "tokens")
     assert zoft("bench", "memory", tokens, "--methods", "agzo", "--lengths", 8, "--device", "cpu").code == 0

@@ -41,6 +41,7 @@ def suite(model: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("forked")
 def test_runs_tables_and_curves(suite: Path, root: Path, zoft: Callable[..., Outcome], tmp_path: Path) -> None:
     out = tmp_path / "results" / "films"
     found = zoft("bench", "accuracy", suite, "--data", root, "--json").json()
@@ -113,6 +114,7 @@ def test_suite(text: str | None, message: str, zoft: Callable[..., Outcome], tmp
     assert outcome.code == 2 and outcome.err.count("\n") == 1 and message in outcome.err, outcome
 
 
+@pytest.mark.usefixtures("forked")
 def test_missing_rows_end_the_suite(suite: Path, zoft: Callable[..., Outcome], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     outcome = zoft("bench", "accuracy", suite, "--data", tmp_path / "empty")

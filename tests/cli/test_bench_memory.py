@@ -1,12 +1,13 @@
 """``zoft bench memory``: the command line, and the processes that it starts."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from forks import ended
 
 from .conftest import Outcome
 
@@ -30,7 +31,7 @@ def test_texts(model: Path) -> None:
 
     def peak(texts: bool) -> int:
         command = [sys.executable, "-m", "zoft", "bench", "memory-point", json.dumps(point | {"texts": texts})]
-        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["peak_memory_bytes"]
+        return json.loads(ended(command, {}).stdout)["peak_memory_bytes"]
 
     assert peak(texts=True) > peak(texts=False)
 
@@ -82,6 +83,7 @@ def test_table_and_failures(memory: Callable[..., Outcome], tmp_path: Path, monk
         (["--lengths", "300"], "inference at length 300: the model takes 256 tokens; 300 are too many"),
     ],
 )
+@pytest.mark.usefixtures("forked")
 def test_mistakes(flags: list[str], message: str, memory: Callable[..., Outcome]) -> None:
     outcome = memory(*flags)
     assert outcome.code == 2 and outcome.err.count("\n") == 1 and message in outcome.err, outcome

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from scripts import ROOT
+from forks import spawn
+from scripts import load
 from train.tiny import TOKENIZER, make_model, reviews
 from zoft.train.callbacks import RunLog
 from zoft.train.checkpoints import alone
@@ -26,11 +26,14 @@ from .test_config import assert_same
 SAVED = ("--method", "lozo", "--lr", "1e-3", "--save-steps", 2)
 
 
+def kills(_: int, out: Path) -> None:
+    sys.argv = ["kills.py", "--kills", "4", "--out", str(out)]
+    load("benchmarks/kills.py").main()
+
+
 def test_kills(tmp_path: Path) -> None:
     """``kill -9`` at random moments of several methods; benchmarks/kills.py compares with undisturbed runs."""
-    command = [sys.executable, ROOT / "benchmarks" / "kills.py", "--kills", "4", "--out", tmp_path / "kills.json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    spawn(kills, (tmp_path / "kills.json",), nprocs=1)
     found = json.loads((tmp_path / "kills.json").read_text())
     assert found["kills"] >= 4 and found["different"] == []
 

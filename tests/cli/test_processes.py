@@ -1,13 +1,12 @@
 """``zoft train`` as several processes: one run, whose result is that of one process; one that dies stops the others."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
-import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from forks import WAY
+from forks import Command
 from train.tiny import reviews
-from zoft.cli import main
 from zoft.train.task_trainer import TaskTrainer
 
 from .conftest import Outcome, write_rows
@@ -34,22 +32,15 @@ class Sent(NamedTuple):
     step: int
 
 
-def process(rank: int, arguments: list[str], shared: dict[str, str], folder: Path, sent: Sent | None) -> None:
-    """``zoft`` with `arguments`, as one of several processes."""
-    os.environ |= shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), stream)
-    if sent is not None and sent.rank == rank:
-        before = TaskTrainer.training_step
+def signalled(sent: Sent) -> None:
+    before = TaskTrainer.training_step
 
-        def training_step(self: TaskTrainer, *args: Any, **options: Any) -> Any:
-            if self.state.global_step == sent.step:
-                os.kill(os.getpid(), sent.number)
-            return before(self, *args, **options)
+    def training_step(self: TaskTrainer, *args: Any, **options: Any) -> Any:
+        if self.state.global_step == sent.step:
+            os.kill(os.getpid(), sent.number)
+        return before(self, *args, **options)
 
-        TaskTrainer.training_step = training_step  # type: ignore[method-assign]
-    sys.argv = ["zoft", *arguments]
-    main()
+    TaskTrainer.training_step = training_step  # type: ignore[method-assign]
 
 
 def together(count: int, *args: object, sent: Sent | None = None) -> list[Outcome]:
@@ -61,17 +52,13 @@ def together(count: int, *args: object, sent: Sent | None = None) -> list[Outcom
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    with tempfile.TemporaryDirectory() as name:
-        folder, processes = Path(name), []
-        for rank in range(count):
-            own = ["train", *(str(part).replace("{rank}", str(rank)) for part in args)]
-            given = (rank, own, shared, folder, sent)
-            processes.append(multiprocessing.get_context(WAY).Process(target=process, args=given))
-            processes[-1].start()
-        for one in processes:
-            one.join(timeout=120)
-        said = [[(folder / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(count)]
-    return [Outcome(one.exitcode, *texts) for one, texts in zip(processes, said, strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        commands = []
+        for rank in (str(number) for number in range(count)):
+            own = ["train", *(str(part).replace("{rank}", rank) for part in args)]
+            before = partial(signalled, sent) if sent is not None and rank == str(sent.rank) else None
+            commands.append(Command(own, shared | {"RANK": rank, "LOCAL_RANK": rank}, Path(folder) / rank, before))
+        return [Outcome(*command.ended()) for command in commands]
 
 
 @pytest.fixture
