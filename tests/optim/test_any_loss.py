@@ -92,7 +92,7 @@ def test_a_head_of_any_kind_may_follow(
 ) -> None:
     """And learns, if it is not left out. Once such models were refused, then their heads stayed as they were."""
     model, closure = make()
-    optimizer = Guided(model, rank=64, attention=True, exclude=())
+    optimizer = Guided(model, rank=64, attention=True, energy=1.0, exclude=())
     found = estimated(optimizer, closure)
     optimizer.branches.detach()
     assert optimizer.estimator._stream is not None and optimizer.estimator._stream.head is None

@@ -39,7 +39,7 @@ def test_it_is_the_gradient_but_for_the_way_through_attention_if_that_is_not_ask
     if name == "opt":  # a central difference is not the slope at a kink
         for layer in model.model.decoder.layers:
             layer.activation_fn, tolerance = nn.GELU(), max(tolerance, 1e-3)
-    optimizer, closure = Guided(model, rank=64, attention=attention), closure_of(model, token_batch())
+    optimizer, closure = Guided(model, rank=64, attention=attention, energy=1.0), closure_of(model, token_batch())
     found = estimated(optimizer, closure)
     optimizer.branches.detach()
     with ExitStack() as stack:
@@ -96,7 +96,7 @@ def test_two_passes_have_one_error_for_all() -> None:
 
 def test_coefficients_already_trained_are_part_of_the_way_back() -> None:
     model = llama()
-    optimizer, closure = Guided(model, rank=64, lr=0.01, attention=True), closure_of(model, token_batch())
+    optimizer, closure = Guided(model, rank=64, lr=0.01, attention=True, energy=1.0), closure_of(model, token_batch())
     for _ in range(3):
         optimizer.step(closure)
     assert max(float(c.abs().max()) for c in optimizer.coefficients.values()) > 0.01
@@ -128,9 +128,9 @@ def test_where_few_rows_are_read_nothing_within_feed_forward_parts_is_computed_a
 def test_values_that_are_not_trained_are_gone_through_all_the_same() -> None:
     model = llama()
     closure, frozen = closure_of(model, token_batch()), ("lm_head", "*.v_proj")
-    whole = estimated(optimizer := Guided(model, rank=64, attention=True), closure)
+    whole = estimated(optimizer := Guided(model, rank=64, attention=True, energy=1.0), closure)
     optimizer.branches.detach()
-    part = estimated(Guided(model, rank=64, attention=True, exclude=frozen), closure)
+    part = estimated(Guided(model, rank=64, attention=True, energy=1.0, exclude=frozen), closure)
     assert whole.keys() - part.keys() == {f"model.layers.{i}.self_attn.v_proj" for i in range(2)}
     for name in part:
         torch.testing.assert_close(part[name], whole[name])
@@ -140,7 +140,7 @@ def test_values_that_are_not_trained_are_gone_through_all_the_same() -> None:
 def test_under_autocast_it_is_the_same_but_for_rounding(name: str) -> None:
     """It once took dtypes that do not fit together from what it had seen there."""
     model = BUILDERS[name]()
-    closure, optimizer = closure_of(model, token_batch()), Guided(model, rank=64, attention=True)
+    closure, optimizer = closure_of(model, token_batch()), Guided(model, rank=64, attention=True, energy=1.0)
     whole = estimated(optimizer, closure)
     optimizer.branches.detach()
     found, dtypes = stream_of(model), []
@@ -151,7 +151,7 @@ def test_under_autocast_it_is_the_same_but_for_rounding(name: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return closure()
 
-    half = estimated(Guided(model, rank=64, attention=True), halved)
+    half = estimated(Guided(model, rank=64, attention=True, energy=1.0), halved)
     assert half.keys() == whole.keys()
     assert {name: e for name in half if (e := error(half[name], whole[name])) > 0.05} == {}
     assert dtypes.count(torch.bfloat16) == (6 if dtypes else 0)  # two blocks: to find the stream, forwards, and again

@@ -56,7 +56,7 @@ def test_through_attention_the_error_goes_to_tokens_whose_logits_the_loss_does_n
     if side == "left":  # where the padding is; then final tokens are read of all examples, else of the longest alone
         batch = {name: tensor.flip(1) for name, tensor in batch.items()}
     batch["labels"][:, :-3] = -100
-    optimizer, closure = Guided(model, rank=64, attention=True), closure_of(model, batch, logits_to_keep=4)
+    optimizer, closure = Guided(model, rank=64, attention=True, energy=1.0), closure_of(model, batch, logits_to_keep=4)
     found = estimated(optimizer, closure)
     expected = gradient(optimizer, closure)
     assert any("v_proj" in name for name in found)
@@ -78,7 +78,7 @@ def test_queries_that_come_by_in_another_way_are_left_as_they_are() -> None:
     model = llama()
     for layer in model.model.layers:
         layer.self_attn.q_proj = nn.Sequential(layer.self_attn.q_proj, nn.Tanh())
-    optimizer, closure = Guided(model, rank=64, attention=True), closure_of(model, token_batch())
+    optimizer, closure = Guided(model, rank=64, attention=True, energy=1.0), closure_of(model, token_batch())
     found = estimated(optimizer, closure)
     with detached(model, ("q_proj",)):
         expected = gradient(optimizer, closure)
@@ -93,7 +93,7 @@ def test_it_does_not_matter_whether_the_model_hands_on_shared_keys_once_or_for_e
     whole = {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
     for looked_at, read in ((batch, whole), (whole, batch)):
-        optimizer = Guided(model, rank=64, attention=True)
+        optimizer = Guided(model, rank=64, attention=True, energy=1.0)
         estimated(optimizer, closure_of(model, looked_at))
         optimizer.set_bases({m.name: torch.eye(m.d_in) for m in optimizer.maps if m.name in optimizer.bases})
         found = estimated(optimizer, closure_of(model, read))
@@ -126,9 +126,9 @@ def test_a_batch_that_goes_through_attention_in_parts_gives_the_same_estimate(ea
     """And counts as one; the first step takes one pass more, for the bases of the whole batch."""
     model, batch = llama(), {name: tensor.flip(1) for name, tensor in token_batch(4).items()}  # padded on the left
     batch["labels"][:, :-3] = -100  # as many to learn from in each: the mean over the tokens is one over examples
-    whole, closure = Guided(model, rank=8, attention=True), InParts(model, batch, each)
+    whole, closure = Guided(model, rank=8, attention=True, energy=1.0), InParts(model, batch, each)
     expected = estimated(whole, closure_of(model, batch))
-    parts = Guided(model, rank=8, attention=True)
+    parts = Guided(model, rank=8, attention=True, energy=1.0)
     for step, forwards in enumerate((3, 5)):
         loss, found = parts.estimate(closure), parts.take_estimate()
         assert found is not None and found.factors.keys() == whole.coefficients.keys()
@@ -194,7 +194,11 @@ def test_what_the_way_through_attention_takes_is_kept_of_one_block_at_a_time(mon
 @pytest.mark.parametrize("through", ["dropout", "memory"])
 def test_a_block_that_gives_something_else_when_run_again_is_told_of(through: str) -> None:
     model = llama()
-    closure, optimizer, block = closure_of(model, token_batch()), Guided(model, attention=True), model.model.layers[1]
+    closure, optimizer, block = (
+        closure_of(model, token_batch()),
+        Guided(model, attention=True),
+        model.model.layers[1],
+    )
     optimizer.estimate(closure)
     if through == "dropout":
         for layer in model.model.layers:

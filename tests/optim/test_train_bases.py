@@ -46,7 +46,7 @@ def expected_for_bases(optimizer: Guided, gradients: dict[str, Tensor], reached:
 def test_what_is_found_for_bases_is_their_gradient(name: str) -> None:
     model = BUILDERS[name]()
     closure = closure_of(model, token_batch())
-    optimizer = moved(model, closure, attention=True)
+    optimizer = moved(model, closure, attention=True, energy=1.0)
     found = found_for_bases(optimizer, closure)
     with detached(model, NEGLECTED.get(name, ())):
         expected = gradient(optimizer, closure)
@@ -85,7 +85,7 @@ def test_two_passes_find_the_same_as_one() -> None:
 def test_steps_are_those_of_lora_by_autograd_and_torchs_adam() -> None:
     """From the same bases, one for all maps that read the same input, at twice the rate."""
     model, other, batch = llama(), llama(), token_batch()
-    optimizer = Guided(model, rank=3, lr=0.02, attention=True, train_bases=True)
+    optimizer = Guided(model, rank=3, lr=0.02, attention=True, energy=1.0, train_bases=True)
     closure = closure_of(model, batch)
     optimizer.estimate(closure)
     shared = {id(basis): basis.clone().requires_grad_() for basis in optimizer.bases.values()}
@@ -115,7 +115,7 @@ def test_steps_are_those_of_lora_by_autograd_and_torchs_adam() -> None:
 
 def test_bases_that_are_not_trained_stay() -> None:
     model = llama()
-    optimizer, closure = Guided(model, rank=3, lr=0.05, attention=True), closure_of(model, token_batch())
+    optimizer, closure = Guided(model, rank=3, lr=0.05, attention=True, energy=1.0), closure_of(model, token_batch())
     optimizer.step(closure)
     before = {name: basis.clone() for name, basis in optimizer.bases.items()}
     optimizer.step(closure)
@@ -126,7 +126,7 @@ def test_bases_that_are_not_trained_stay() -> None:
 def test_a_batch_in_parts_gives_the_same() -> None:
     model, batch = llama(), {name: tensor.flip(1) for name, tensor in token_batch(4).items()}
     batch["labels"][:, :-3] = -100
-    optimizer = moved(model, closure_of(model, batch), attention=True)
+    optimizer = moved(model, closure_of(model, batch), attention=True, energy=1.0)
     whole = found_for_bases(optimizer, closure_of(model, batch))
     for name, basis in found_for_bases(optimizer, InParts(model, batch, 1)).items():
         torch.testing.assert_close(basis, whole[name])
@@ -135,7 +135,7 @@ def test_a_batch_in_parts_gives_the_same() -> None:
 def test_estimates_since_the_last_step_are_averaged() -> None:
     model = llama()
     closures = [closure_of(model, token_batch(seed=seed)) for seed in (1, 2)]
-    optimizer = moved(model, closures[0], attention=True)
+    optimizer = moved(model, closures[0], attention=True, energy=1.0)
     one, two = (found_for_bases(optimizer, closure) for closure in closures)
     for closure in closures:
         optimizer.estimate(closure)
@@ -148,8 +148,8 @@ def test_estimates_since_the_last_step_are_averaged() -> None:
 def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_ended() -> None:
     model = llama()
     closure = closure_of(model, token_batch())
-    optimizer = moved(model, closure, attention=True)
-    resumed = Guided(llama(), rank=3, lr=0.05, attention=True, train_bases=True)
+    optimizer = moved(model, closure, attention=True, energy=1.0)
+    resumed = Guided(llama(), rank=3, lr=0.05, attention=True, energy=1.0, train_bases=True)
     resumed.load_state_dict(optimizer.state_dict())
     for each in (optimizer, resumed):
         each.step(closure_of(each.model, token_batch()))
@@ -177,7 +177,7 @@ def test_what_is_written_into_the_weights_has_no_bases_to_train() -> None:
 def test_bases_begin_whitened_and_shared_also_if_several_batches_give_them() -> None:
     model = llama()
     for number in (1, 2):
-        optimizer = Guided(model, rank=3, attention=True, train_bases=True)
+        optimizer = Guided(model, rank=3, attention=True, energy=1.0, train_bases=True)
         optimizer.calibrate(*(closure_of(model, token_batch(seed=seed)) for seed in range(number)))
         assert len({id(basis) for basis in optimizer.bases.values()}) == 4 * len(model.model.layers)
         lengths = torch.stack([basis.norm(dim=0).sort().values for basis in optimizer.bases.values()])
@@ -188,7 +188,7 @@ def test_new_bases_have_moments_of_their_own() -> None:
     """Also if their rank is another."""
     model = llama()
     closure = closure_of(model, token_batch())
-    optimizer = moved(model, closure, attention=True)
+    optimizer = moved(model, closure, attention=True, energy=1.0)
     optimizer.calibrate(closure_of(model, token_batch(batch=1, length=2)))
     assert {basis.shape[1] for basis in optimizer.bases.values()} == {2}
     for _ in range(2):
@@ -205,7 +205,7 @@ def test_bases_from_a_closure_in_inference_mode_can_move(monkeypatch: pytest.Mon
         with torch.inference_mode():
             return closure_of(model, batch)()
 
-    optimizer = moved(model, closure, attention=True)
+    optimizer = moved(model, closure, attention=True, energy=1.0)
     assert optimizer.basis_updates
 
 
@@ -225,7 +225,7 @@ def test_under_autocast_two_passes_find_them_in_float32() -> None:
 def test_moments_begin_anew_where_attention_does() -> None:
     model = llama()
     closure = closure_of(model, token_batch())
-    optimizer = Guided(model, rank=3, attention=True, attention_after=3, train_bases=True)
+    optimizer = Guided(model, rank=3, attention=True, energy=1.0, attention_after=3, train_bases=True)
     for _ in range(4):
         optimizer.step(closure)
     assert {int(state["steps"]) for state in optimizer.basis_updates.values()} == {1}

@@ -6,7 +6,7 @@ from statistics import median
 import pytest
 import torch
 
-from optim.models import ARCHITECTURES, token_batch
+from optim.models import ARCHITECTURES, llama, token_batch
 from zoft.optim import Guided, Loss, cross_entropy
 from zoft.train.rate import CHANGE, guided_rate
 
@@ -39,3 +39,19 @@ def test_a_step_changes_outputs_by_so_much(architecture: str) -> None:
     with torch.no_grad():
         closure(model)
     assert CHANGE / 6 < median(changes) < 1.6 * CHANGE  # signs cancel in part; the rate has one digit
+
+
+@pytest.mark.parametrize(("keep", "share"), [(3, 0.5), (9, 1.0)])  # of ten tokens, the last ones
+def test_where_bases_are_trained_on_few_tokens_half_the_change_is_asked_for(
+    keep: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = llama(), token_batch()["input_ids"]
+
+    def closure() -> Loss:
+        return cross_entropy(model(ids, logits_to_keep=keep).logits, ids)
+
+    optimizer = Guided(model, attention=True, train_bases=True)
+    optimizer.estimate(closure)
+    found = guided_rate(optimizer, closure)
+    monkeypatch.setattr(Guided, "trains_bases", False)
+    assert found == pytest.approx(share * guided_rate(optimizer, closure), rel=0.11)  # each has one digit

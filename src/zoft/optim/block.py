@@ -53,6 +53,14 @@ class Block:
         return {step.module for step in self.steps if isinstance(step, Norm)}
 
     @property
+    def row_by_row(self) -> list[Writer]:
+        """The writers behind whose inputs nothing in the block looks from one token at another."""
+        writers = self.writers
+        if self.norms or self.parallel:
+            return [] if self.norms else writers
+        return writers[max((i for i, writer in enumerate(writers) if writer.feed_forward is None), default=0) :]
+
+    @property
     def device(self) -> torch.device:
         """Where it is computed."""
         return device_of(*(module for writer in self.writers for module in writer.map.modules), self.module)

@@ -12,6 +12,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from zoft.optim.placement import unrounded
 from zoft.optim.shelf import Shelf
 
 T = TypeVar("T")
+Rows = Tensor | slice  # int64 indices in order, or all of them
 
 ROUNDING = 2e-3  # of the largest singular value, a quarter of bfloat16's epsilon
 ROWS = 8192  # activation rows converted to float32 at a time
@@ -177,15 +179,30 @@ class Tokens:
 
         None if `x` is of another shape.
         """
-        if x is None or self._shape is None or self._read is None or x.dim() not in (2, 3):
+        places = None if x is None else self.places(x.shape)
+        if x is None or places is None:
+            return None
+        return x.detach().flatten(0, -2).index_select(0, places.to(x.device))
+
+    def places(self, shape: torch.Size) -> Tensor | None:
+        """Where in ``x.flatten(0, -2)``, for an x of this `shape`, the rows are that `read` gives; None if it does."""
+        if self._shape is None or self._read is None or len(shape) not in (2, 3):
             return None
         batch, length = self._shape
-        if x.dim() == 2:
-            x = x.view(batch, length, -1) if len(x) == batch * length else x
-        if x.dim() == 2 or len(x) != batch or not length - self._first <= x.shape[1] <= length:
+        if len(shape) == 2 and shape[0] == batch * length:
+            shape = torch.Size((batch, length, shape[1]))
+        if len(shape) == 2 or shape[0] != batch or not length - self._first <= shape[1] <= length:
             return None
-        places = self._read[:, 0] * x.shape[1] + self._read[:, 1] - (length - x.shape[1])
-        return x.detach().flatten(0, 1).index_select(0, places.to(x.device))
+        return self._read[:, 0] * shape[1] + self._read[:, 1] - (length - shape[1])
+
+    def some(self, rows: Rows) -> Tokens:
+        """Itself for all, else what it knows now, as if the loss read only `rows` of the tokens that it reads."""
+        if isinstance(rows, slice):
+            return self
+        found = copy(self)
+        if self._read is not None:
+            found._read = self._read[rows.to(self._read.device)]
+        return found
 
     def spread(self, x: Tensor) -> Tensor:
         """`x` [batch, K, d] of the K final tokens whose logits are computed, with zeros for those before them."""

@@ -62,6 +62,11 @@ class Guided:
     `Divisible` closure's batch goes through in parts, if it is long enough that each holds about as much as the pass of
     one block does of the whole batch (due bases, those of the whole batch, then take one pass more).
 
+    Where few positions are read, most of the error that reaches a block through attention is at few tokens, too. Only
+    the fewest that hold `energy` of its squared norm go through what treats each token alone: the feed-forward part and
+    the map behind attention, in the second run and on the way back (attention itself is gone through at all tokens).
+    The others' error passes such a block by along the stream. With an `energy` of 1 nothing is left out.
+
     Without both only the matrices that write into the stream have factors, and the stream counts as the identity. Then
     the error is the same for all of them, and with `two_pass` it is known before a second pass, in which each factor is
     taken as its layer is called: nothing is kept per layer.
@@ -74,7 +79,8 @@ class Guided:
     further, and what follows it (a classifier) is trained by what it finds there.
 
     Raises:
-        ValueError: `two_pass` with `feed_forward` or `attention`, or `attention_after` without `attention`.
+        ValueError: `two_pass` with `feed_forward` or `attention`, `attention_after` without `attention`, or `energy` is
+            no share.
         NoStream: when called, if the model has no stream, or what is to be trained is nothing that it reaches.
         NotRepeatable: when called with `attention`, if a block, run again, gives something else (dropout).
     """
@@ -84,6 +90,7 @@ class Guided:
     two_pass: bool = False
     attention_after: int = 0
     train_bases: bool = False
+    energy: float = 0.99
     _stream: Stream | None = field(default=None, repr=False)
     _head: Head | None = field(default=None, repr=False)  # at whose logits the closure gives its slope
 
@@ -94,6 +101,8 @@ class Guided:
             )
         if self.attention_after < 0 or (self.attention_after and not self.attention):
             raise ValueError("attention_after is a number of steps, and takes attention=True")
+        if not 0 < self.energy <= 1:
+            raise ValueError(f"energy is a share, above 0 and up to 1, not {self.energy}")
 
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
         ranks, step = landscape.ranks, int(landscape.key[1])
@@ -160,7 +169,7 @@ class Guided:
             return loss, [loss]
         if landscape.error is None:
             raise TypeError("the guided estimate needs the loss's slope, which the closure gave before")
-        way = WayBack(landscape.model, gradients, kept, calls, self.feed_forward, through_attention)
+        way = WayBack(landscape.model, gradients, kept, calls, self.feed_forward, through_attention, self.energy)
         with unrounded(stream.norm.gain.device):
             error = way.to_end(stream, self._head, landscape.error())
             landscape.error = None  # the logits are no longer needed

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from zoft.optim.block import Block, Writer
+from zoft.optim.capture import Rows
 from zoft.optim.gradients import Gradients
 from zoft.optim.inside import Attention
-from zoft.optim.kept import BlockCall, Kept, keeping
+from zoft.optim.kept import ALL, BlockCall, Kept, keeping
 from zoft.optim.layers import LinearMap
 from zoft.optim.stream import Head, Stream
 from zoft.optim.transpose import FeedForward, Norm, transposed_product
 
 JOINED = 1 << 23  # numbers of an error at the logits that are multiplied by the head's weight at a time
+MOST = 0.9  # of the rows: it is not worth much to leave fewer of them out
 ROWS = 128  # that go back through a feed-forward part, or a rotation, at a time: what lies between stays in a cache
 
 
@@ -30,6 +32,7 @@ class WayBack:
     calls: dict[nn.Module, BlockCall]
     feed_forward: bool
     attention: bool
+    energy: float
 
     def to_end(self, stream: Stream, head: Head | None, given: Tensor | Iterable[Tensor]) -> Tensor:
         """The error at the end of the stream, float32 [rows, d], for that `given` at the output of `head`.
@@ -52,40 +55,47 @@ class WayBack:
     def through(self, stream: Stream, error: Tensor) -> None:
         """Add what every map learns, from the `error` at the end of the stream back to its beginning."""
         for block in reversed(stream.blocks):
-            if self.attention:
-                self.run_again(block)
             error = through = error.to(block.device)
+            if self.attention:
+                self.run_again(block, self.heaviest(error) if block.row_by_row else ALL)
             for step in reversed(block.steps):
                 if isinstance(step, Norm):
                     through = step.pull(self.kept.inputs[step.module], through)
                     continue
-                at_output = self.kept.take(step, error if block.parallel else through, self.gradients)
+                at_stream = self.kept.of_some(error if block.parallel else through)
+                at_output = self.kept.take(step, at_stream, self.gradients)
                 if step.attention is not None and self.attention:
                     through = through + self.attended(step, step.attention, at_output)
                 if step.feed_forward is not None and self.feed_forward:
-                    through = through + self.fed_forward(step.feed_forward, at_output)
+                    through = self.kept.added(through, self.fed_forward(step.feed_forward, at_output))
             error = through
 
-    def run_again(self, block: Block) -> None:
+    def heaviest(self, error: Tensor) -> Rows:
+        """The fewest rows that have `energy` of the squared `error`; all, if they are most."""
+        squared, order = error.square().sum(1).sort(descending=True)
+        enough = int((squared.cumsum(0) < self.energy * squared.sum()).sum()) + 1
+        return order[:enough].sort().values if enough < MOST * len(order) else ALL
+
+    def run_again(self, block: Block, some: Rows) -> None:
         """Keep of `block` what the way back takes: of all blocks at once it would be much where the loss reads much."""
-        self.kept = Kept(self.kept.tokens)
+        self.kept = Kept(self.kept.tokens, some)
         with keeping(self.model, self.gradients, self.kept, [block], feed_forward=self.feed_forward, attention=True):
-            self.calls.pop(block.module).again(block, self.kept.tokens)
+            self.calls.pop(block.module).again(block, self.kept.tokens.some(some))
 
     def fed_forward(self, part: FeedForward, error: Tensor) -> Tensor:
         """The error at what `part` reads of the stream, for that at its output; adds what its inner maps learn."""
         weights = [layer.weight for layer in (*part.inner, part.down)]
         at_hand = all(weight is not None and not weight.is_meta for weight in weights)  # else each part loads them
         parts = _slices(len(error), ROWS if at_hand else len(error))
-        found = torch.cat([self._fed_forward(part, error[rows], rows) for rows in parts])
+        h = self.kept.of_some(self.kept.inputs[part.reader])
+        found = torch.cat([self._fed_forward(part, h[rows], error[rows], rows) for rows in parts])
         for layer in part.inner:  # room for what the way through attention takes
             self.kept.outputs.pop(layer.name, None)
             self.kept.learned_from.pop(layer.name, None)
         return found
 
-    def _fed_forward(self, part: FeedForward, error: Tensor, rows: slice) -> Tensor:
-        """The same for some `rows`."""
-        h = self.kept.inputs[part.reader][rows]
+    def _fed_forward(self, part: FeedForward, h: Tensor, error: Tensor, rows: slice) -> Tensor:
+        """The same for some `rows`, with the stream `h` there."""
         names = [layer.name for layer in part.inner]
         if part.gate.name in self.kept.outputs:
             outputs = {name: self.kept.outputs[name][rows] for name in names}
@@ -104,20 +114,21 @@ class WayBack:
         """The error at what `attention` reads of the stream, for that at the output of its `writer`."""
         pattern = self.kept.patterns.pop(attention.values.map.name, None)
         if pattern is None:
-            return torch.zeros_like(error)
-        at_heads = self.transposed(writer.map, error).unflatten(1, (pattern.query.shape[1], -1))
+            return torch.zeros_like(self.kept.everywhere(error))
+        at_heads = self.kept.everywhere(self.transposed(writer.map, error)).unflatten(1, (pattern.query.shape[1], -1))
         errors: dict[str, Tensor] = {}
         made = (attention.queries, pattern.query), (attention.keys, pattern.key), (attention.values, pattern.value)
         for (part, heads), at_part in zip(made, pattern.pull(at_heads), strict=True):
             if part is not None:
                 name, outputs, heads = part.map.name, self.kept.outputs[part.map.name], pattern.rows(heads)
-                pieces = _slices(len(error), ROWS)
+                pieces = _slices(len(outputs), ROWS)
                 at_map = torch.cat([part.pull(at_part[rows], outputs[rows], heads[rows]) for rows in pieces])
                 errors[name] = errors[name] + at_map if name in errors else at_map
-        at_x = torch.zeros_like(error)
+        h = self.kept.inputs[attention.reader]
+        at_x = torch.zeros_like(h, dtype=torch.float32)
         for name, at_map in errors.items():
             at_x = at_x + self.pulled(attention.maps[name], self.kept.learned_from.pop(name, None), at_map)
-        return _behind(attention.norm, self.kept.inputs[attention.reader], at_x)
+        return _behind(attention.norm, h, at_x)
 
     def pulled(self, layer: LinearMap, inputs: Tensor | None, error: Tensor) -> Tensor:
         """The error at what `layer` is given, for that at its output; adds what it learns, if `inputs` were kept."""

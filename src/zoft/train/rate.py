@@ -4,7 +4,8 @@ Adam's first step moves every coefficient of ``C`` [d_out, r] by lr, so that eac
 up to lr times ``sum |x A|``. How large that is beside y differs between models: at the same lr it is some five times
 as much in Gemma-3-270m as in SmolLM2-135M, and so are the rates with which they begin to diverge. The rate is
 therefore asked for as a relative change, that of the median layer, with one digit: a factor of three either way
-hardly matters.
+hardly matters. It does where bases are trained too and few tokens are read (labels), which leaves the estimates more
+noise: half of the change is asked for there.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ CHANGE = 1e-2  # of a layer's output, by one step: 1e-3 for SmolLM2-135M, on all
 
 
 def guided_rate(optimizer: ZeroOrder, closure: Closure) -> float | None:
-    """The rate at which a step of `optimizer` changes the output of the median layer by `CHANGE`.
+    """The rate at which a step of `optimizer` changes the output of the median layer by `CHANGE`, or half of it.
 
-    At the positions that the loss reads. `optimizer` has made an estimate, for which it took its bases; `closure` is
+    Half if bases are trained and the loss reads less than half of the tokens. The change is that at the positions that
+    the loss reads. `optimizer` has made an estimate, for which it took its bases; `closure` is
     called once more. None if no layer's output is finite.
     """
-    tokens, changes = Tokens(), []
+    tokens, everywhere, changes = Tokens(), Tokens(everywhere=True), []
 
     def see(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -44,10 +46,12 @@ def guided_rate(optimizer: ZeroOrder, closure: Closure) -> float | None:
         return hook
 
     with ExitStack() as handles, torch.no_grad():
-        handles.callback(optimizer.model.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
+        for looking in (tokens, everywhere):
+            handles.callback(optimizer.model.register_forward_pre_hook(looking.see, with_kwargs=True).remove)
         for layer in optimizer.maps:
             for module in layer.modules:
                 handles.callback(module.register_forward_hook(see(layer.name), with_kwargs=True).remove)
         closure()
     finite = [change for change in changes if math.isfinite(change) and change > 0]
-    return float(f"{CHANGE / median(finite):.0e}") if finite else None
+    wanted = CHANGE / 2 if optimizer.trains_bases and tokens.count < everywhere.count / 2 else CHANGE
+    return float(f"{wanted / median(finite):.0e}") if finite else None

@@ -33,15 +33,17 @@ class Guided(ZeroOrder):
     `renew_every` steps. ``attention=True`` carries the error through attention as well, to all tokens, whose inputs
     then give the bases, and trains the matrices that make queries, keys and values; each block runs once more as the
     error goes back, which makes two forwards of a step (three of the first, if a batch large for the model is taken in
-    parts). In a model of which all is known in closed form the estimate is then the gradient itself, in the bases.
+    parts). Where few tokens are read, the others have little error, and most of them are left out of feed-forward
+    parts: `energy` is the share of its square that goes back there. With 1, and in a model of which all is known in
+    closed form, the estimate is the gradient itself, in the bases.
     With `attention_after` it does so in the first step, and then only after so many, when Adam's moments begin anew:
     those of the smaller estimates before would make its steps too large. ``feed_forward=False`` counts the stream as
     the identity, and then ``two_pass=True`` takes two forwards a step and keeps nothing for each layer
     (`zoft.optim.guided.Guided`).
 
     Raises:
-        ValueError: `two_pass` with `feed_forward` or `attention`, `attention_after` without `attention`, or
-            `train_bases` with ``into="weights"``.
+        ValueError: `two_pass` with `feed_forward` or `attention`, `attention_after` without `attention`, `energy` not
+            above 0 and up to 1, or `train_bases` with ``into="weights"``.
         NoStream: at the first estimate, if the model has no residual stream that ends in a norm, or `include` and
             `exclude` leave nothing that the estimate reaches.
         ValueError: at an estimate, if autograd cannot follow the loss, or the model runs more than once for it.
@@ -62,6 +64,7 @@ class Guided(ZeroOrder):
         attention: bool = False,
         attention_after: int = 0,
         train_bases: bool = False,
+        energy: float = 0.99,
         two_pass: bool = False,
         into: Literal["weights", "coefficients"] = "coefficients",
         exclude: tuple[str, ...] = HEADS,
@@ -71,7 +74,7 @@ class Guided(ZeroOrder):
             model,
             lr=lr,
             subspace=Activation(rank, power_steps, renew_every, read_only=not attention, whiten=train_bases),
-            estimator=GuidedEstimator(feed_forward, attention, two_pass, attention_after, train_bases),
+            estimator=GuidedEstimator(feed_forward, attention, two_pass, attention_after, train_bases, energy),
             update=Adam(into=into),
             exclude=exclude,
             **options,
