@@ -90,7 +90,7 @@ class Guided:
     two_pass: bool = False
     attention_after: int = 0
     train_bases: bool = False
-    energy: float = 0.99
+    energy: float = 0.999
     _stream: Stream | None = field(default=None, repr=False)
     _head: Head | None = field(default=None, repr=False)  # at whose logits the closure gives its slope
 

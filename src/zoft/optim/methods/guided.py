@@ -64,7 +64,7 @@ class Guided(ZeroOrder):
         attention: bool = False,
         attention_after: int = 0,
         train_bases: bool = False,
-        energy: float = 0.99,
+        energy: float = 0.999,
         two_pass: bool = False,
         into: Literal["weights", "coefficients"] = "coefficients",
         exclude: tuple[str, ...] = HEADS,
