@@ -56,8 +56,10 @@ class Block:
     def row_by_row(self) -> list[Writer]:
         """The writers behind whose inputs nothing in the block looks from one token at another."""
         writers = self.writers
-        if self.norms or self.parallel:
-            return [] if self.norms else writers
+        if self.norms:
+            return []
+        if self.parallel:
+            return writers
         return writers[max((i for i, writer in enumerate(writers) if writer.feed_forward is None), default=0) :]
 
     @property

@@ -112,9 +112,10 @@ class WayBack:
 
     def attended(self, writer: Writer, attention: Attention, error: Tensor) -> Tensor:
         """The error at what `attention` reads of the stream, for that at the output of its `writer`."""
-        pattern = self.kept.patterns.pop(attention.values.map.name, None)
+        pattern, h = self.kept.patterns.pop(attention.values.map.name, None), self.kept.inputs[attention.reader]
+        at_x = torch.zeros_like(h, dtype=torch.float32)
         if pattern is None:
-            return torch.zeros_like(self.kept.everywhere(error))
+            return at_x
         at_heads = self.kept.everywhere(self.transposed(writer.map, error)).unflatten(1, (pattern.query.shape[1], -1))
         errors: dict[str, Tensor] = {}
         made = (attention.queries, pattern.query), (attention.keys, pattern.key), (attention.values, pattern.value)
@@ -124,8 +125,6 @@ class WayBack:
                 pieces = _slices(len(outputs), ROWS)
                 at_map = torch.cat([part.pull(at_part[rows], outputs[rows], heads[rows]) for rows in pieces])
                 errors[name] = errors[name] + at_map if name in errors else at_map
-        h = self.kept.inputs[attention.reader]
-        at_x = torch.zeros_like(h, dtype=torch.float32)
         for name, at_map in errors.items():
             at_x = at_x + self.pulled(attention.maps[name], self.kept.learned_from.pop(name, None), at_map)
         return _behind(attention.norm, h, at_x)
