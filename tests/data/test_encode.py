@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from zoft.data import Encoder, Row, Task, TaskDataset, custom_task, load_task, score
+from zoft.data import UNKNOWN, Encoder, Row, Task, TaskDataset, custom_task, load_task, score
 from zoft.errors import UserError
 
 SST2 = load_task("sst2")
@@ -121,6 +121,23 @@ def test_dataset(tokenizer: PreTrainedTokenizerFast) -> None:
     assert [data[0].index, data[1].index] == [0, 1]
     assert data.lengths == [data[0].length, data[1].length] and max(data.lengths) <= 16
     assert data.truncated == 1 and data.learned == 2 / sum(data.lengths)
+    assert data.task == SST2
+
+
+def test_answers_may_be_twice_as_long_as_the_longest_of_the_rows(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Once own rows were given 128 tokens: minutes for an untrained model to answer sums, too few for long answers."""
+
+    def new_tokens(task: Task, *answers: str) -> int | None:
+        rows = [task.read({"prompt": "what?", "completion": answer}) for answer in answers]
+        return TaskDataset(rows, Encoder(tokenizer, task, max_length=999)).task.max_new_tokens
+
+    task = custom_task()
+    long = "the cat sat on the mat " * 40
+    tokens = len(Encoder(tokenizer, task, max_length=999)(task.read({"prompt": "?", "completion": long})).candidates[0])
+    assert tokens > 200 and new_tokens(task, "cat", long, "mat") == 2 * tokens
+    assert new_tokens(task, "cat", "mat") == 32 == new_tokens(task)
+    assert new_tokens(replace(task, max_new_tokens=7), long) == 7
+    assert new_tokens(custom_task(metric="r.py:f"), long) == UNKNOWN
 
 
 def test_any_task_can_be_a_shot(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -57,6 +57,14 @@ def test_the_likeliest_tokens_whatever_the_models_own_settings_are() -> None:
     assert torch.equal(generate(model, TOKENIZER, TASK, prompts(1)), expected)
 
 
+def test_no_more_is_generated_than_the_model_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = make_model(), prompts(2)
+    monkeypatch.setattr(model.config, "max_position_embeddings", 9)
+    task = dataclasses.replace(TASK, max_new_tokens=99)
+    tokens = generate(model, TOKENIZER, task, inputs)
+    assert tokens.shape[1] == 9 - inputs["input_ids"].shape[1]
+
+
 def test_a_reply_ends_as_the_chat_template_ends_it() -> None:
     """Once only at the end of sequence, which such a template does not write: answers went on after their end."""
     model, tokenizer = make_model(), make_tokenizer()

@@ -165,7 +165,7 @@ def test_demo_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_room() -> None:
-    from zoft.data import load_task
+    from zoft.data import custom_task, load_task
 
     model = make_model()  # 256 positions
     assert room(model, load_task("sst2")) == 256
@@ -175,6 +175,7 @@ def test_room() -> None:
         room(model, load_task("squad"), 207)
     with pytest.raises(UserError, match="256"):
         room(model, load_task("gsm8k"))
+    assert room(model, custom_task()) == 256, "answers like the rows' own need no more than these"
     model.config.max_position_embeddings = 4 * LENGTH
     longer = replace(load_task("squad"), max_new_tokens=LENGTH)
     assert room(model, longer) == LENGTH, "once there was said to be no room"

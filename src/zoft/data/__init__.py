@@ -4,7 +4,7 @@ from .beginning import Begun, begin
 from .candidates import read_candidates
 from .chat import reply_end
 from .collate import IGNORE, Collator, divide
-from .custom import custom_task, parse_words
+from .custom import UNKNOWN, custom_task, parse_words
 from .dataset import TaskDataset
 from .drawn import drawn
 from .encode import Encoder, Item
@@ -19,6 +19,7 @@ __all__ = [
     "GENERATED",
     "IGNORE",
     "LIKELIHOOD",
+    "UNKNOWN",
     "Begun",
     "Collator",
     "Encoder",

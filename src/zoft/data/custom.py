@@ -9,6 +9,8 @@ from .metrics import GENERATED, LIKELIHOOD
 from .reward import is_reward
 from .task import Row, Task, as_text, template_columns
 
+UNKNOWN = 128  # tokens of a generated answer that no row shows the length of
+
 MEASURED_BY: dict[Form, tuple[str, ...]] = {  # the usual one first
     "answer": (*GENERATED, LIKELIHOOD),
     "conversation": (LIKELIHOOD, *GENERATED),
@@ -103,5 +105,5 @@ def custom_task(
         metric=metric,
         answered=answered,
         remedy=remedy,
-        max_new_tokens=0 if read else 128,
+        max_new_tokens=0 if read else UNKNOWN if is_reward(metric) else None,
     )

@@ -49,7 +49,8 @@ class Task:
     """Data set and configuration for `datasets.load_dataset`."""
     splits: Mapping[str, str] = field(default_factory=dict)
     """The hub's names of "train" and "validation" where they differ from these."""
-    max_new_tokens: int = 0
+    max_new_tokens: int | None = 0
+    """Tokens of a generated answer; None: as many as the rows' own answers are worth (`zoft.data.TaskDataset`)."""
     answered: bool = True
     """Whether rows have to have an answer; one without has the empty text."""
     remedy: str = "; rename yours, or leave --task out and name them by --template (and --words, --label)"

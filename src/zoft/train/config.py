@@ -10,7 +10,18 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from zoft.data import LIKELIHOOD, Task, custom_task, first_row, form_of, is_reward, load_reward, load_task, parse_words
+from zoft.data import (
+    LIKELIHOOD,
+    UNKNOWN,
+    Task,
+    custom_task,
+    first_row,
+    form_of,
+    is_reward,
+    load_reward,
+    load_task,
+    parse_words,
+)
 from zoft.errors import UserError, near_miss
 from zoft.train.files import free_folder, write_text
 from zoft.train.models import DTYPES, QUANTIZED, find_device
@@ -137,10 +148,13 @@ class TrainConfig:
             if task.kind == "text":
                 raise UserError(f"objective {reward} needs generated answers; metric {task.metric} generates none")
             task = dataclasses.replace(task, metric=reward, also=(task.metric, *task.also))
-        if self.max_new_tokens is not None:
-            if task.kind != "generation":
-                raise UserError(f"max_new_tokens is of generated answers; {task.title} has none")
-            task = dataclasses.replace(task, max_new_tokens=self.max_new_tokens)
+        new = self.max_new_tokens
+        if new is not None and task.kind != "generation":
+            raise UserError(f"max_new_tokens is of generated answers; {task.title} has none")
+        if new is None and self.objective != LOSS and task.max_new_tokens is None:
+            new = UNKNOWN  # answers are not learned from the rows'
+        if new is not None:
+            task = dataclasses.replace(task, max_new_tokens=new)
         for name in filter(is_reward, (task.metric, *task.also)):
             load_reward(name)  # what is wrong with it is said before a model is loaded
         return task

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoft.data import Begun, Task, reply_end
+from zoft.data import UNKNOWN, Begun, Task, reply_end
 from zoft.optim.landscape import Randomness
+from zoft.train.models import longest
 
 # What a model's own settings for generating would change.
 PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
@@ -26,21 +27,24 @@ def generate(
     """New tokens after the prompts of `inputs` [N, T]: of the likeliest answers [N, new], by single tokens.
 
     Or, with `samples`, of so many answers to each drawn as the model gives them [N * samples, new]. `begun` is what the
-    model has read already.
+    model has read already. Fewer tokens than the task allows are generated where the model takes no more.
     """
+    length, new = inputs["input_ids"].shape[1], task.max_new_tokens or UNKNOWN
+    if (positions := longest(model)) is not None:
+        new = min(new, positions - length)
     prompt, read = (inputs, None) if begun is None else (begun.inputs, begun.cache)
     output = model.generate(
         input_ids=prompt["input_ids"],
         attention_mask=prompt["attention_mask"],
         past_key_values=read,
-        max_new_tokens=task.max_new_tokens,
+        max_new_tokens=new,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=end_tokens(model, tokenizer),
         stop_strings=task.stop,
         tokenizer=tokenizer,
         **(ANY | {"num_return_sequences": samples} if samples else GREEDY),
     )
-    return output[:, inputs["input_ids"].shape[1] :]
+    return output[:, length:]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:

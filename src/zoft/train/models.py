@@ -218,7 +218,7 @@ def room(model: PreTrainedModel, task: Task, length: int | None = None) -> int:
     Raises:
         UserError: `length` is more than the model takes, or nothing would be left.
     """
-    positions, new = longest(model), task.max_new_tokens
+    positions, new = longest(model), task.max_new_tokens or 0  # answers like the rows' own fit where these do
     found = length or (LENGTH if positions is None else min(LENGTH, positions - new))
     if positions is not None and not 1 <= found <= positions - new:
         generated = f" with the {new} generated after them" if new else ""

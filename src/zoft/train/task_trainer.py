@@ -109,7 +109,7 @@ class TaskTrainer(ZOTrainer):
         dataset: Any = self.train_dataset
         self._shortfall: Shortfall | None = None
         if objective != LOSS:
-            self._shortfall = Shortfall(task, objective, dataset.rows, tokenizer, samples)
+            self._shortfall = Shortfall(dataset.task, objective, dataset.rows, tokenizer, samples)
 
         self.remove_callback(PrinterCallback)  # it prints on standard output
         self._head = find_head(model) if task.kind in ("generation", "text") else None  # others read few logits
@@ -175,7 +175,7 @@ class TaskTrainer(ZOTrainer):
     ) -> Any:
         """The loss of each example [B] and its slope for a zeroth-order optimizer, their mean for a first-order one."""
         if self._shortfall is not None and self._probed:
-            guesses = self._decode(self._guess(model, inputs)[0].cpu().numpy())
+            guesses = self._decode(self._guess(model, inputs, self._shortfall.task)[0].cpu().numpy())
             return self._shortfall.of(guesses, inputs["index"].tolist())
         logits = read_logits(model, inputs, self._head)
         loss: Any = losses(logits, inputs)
@@ -190,20 +190,22 @@ class TaskTrainer(ZOTrainer):
     ) -> tuple[None, Any, Tensor]:
         """No mean loss (`evaluate` takes that of all examples), what `_guess` finds, and row numbers [B]."""
         inputs = self._prepare_inputs(inputs)
-        return None, self._guess(model, inputs, together=True), inputs["index"]
+        return None, self._guess(model, inputs, self._evaluated, together=True), inputs["index"]
 
-    def _guess(self, model: nn.Module, inputs: dict[str, Tensor], together: bool = False) -> tuple[Tensor, ...]:
+    def _guess(
+        self, model: nn.Module, inputs: dict[str, Tensor], task: Task, together: bool = False
+    ) -> tuple[Tensor, ...]:
         """Predicted candidates [B] and the losses [B]; or predicted tokens [B, new]; or, of texts, the losses twice.
 
         With `together`, what all begin with is read once; not in a step, whose directions may differ by the sequence.
         """
         with torch.no_grad(), self.compute_loss_context_manager():
-            if self.task.kind == "text":
+            if task.kind == "text":
                 found = torch.cat([losses(read_logits(model, part, self._head), part) for part in self._parts(inputs)])
                 return found, found
             begun = begin(model, inputs) if together else None
-            if self.task.kind == "generation":
-                return (generate(model, self.tokenizer, self.task, inputs, begun),)
+            if task.kind == "generation":
+                return (generate(model, self.tokenizer, task, inputs, begun),)
             if begun is None:
                 logits, batch = read_candidates(model, inputs)
             else:
@@ -223,6 +225,7 @@ class TaskTrainer(ZOTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """The task's metrics on a `zoft.data.TaskDataset`, by transformers' evaluation loop."""
         dataset: Any = eval_dataset or self.eval_dataset
+        self._evaluated = dataset.task
 
         def compute_metrics(found: EvalPrediction) -> dict[str, float]:
             guesses, *loss = found.predictions
