@@ -43,22 +43,25 @@ def test_what_is_no_rotation_is_none() -> None:
 
 
 @pytest.mark.parametrize("half", [0, 1, 8])
-def test_heads_are_found_in_what_one_map_makes_of_several(half: int) -> None:
-    """In whatever order, two of them the same, as heads that share their keys have them."""
+@pytest.mark.parametrize("places, once", [([3, 1, 1], [3, 1, 1]), ([3, 3, 1, 1], [3, 1])])
+def test_heads_are_found_in_what_one_map_makes_of_several(half: int, places: list[int], once: list[int]) -> None:
+    """In whatever order, some of them the same, as heads that share their keys have them."""
     layer, x = nn.Linear(20, 5 * 16), torch.randn(6, 20)
     (found_map,) = find_linear_maps(nn.Sequential(layer))
     y = layer(x).detach()
-    pieces = y.view(6, 5, 16)[:, [3, 1, 1]]
+    pieces = y.view(6, 5, 16)[:, places]
     heads = rotated(pieces, half) if half else pieces.clone()
     call = Call("0", layer, x, y)
     ((found_call, found),) = projections(heads, [call], [], {"0": found_map})
-    columns = torch.arange(80).view(5, 16)[[3, 1, 1]].flatten()
+    columns = torch.arange(80).view(5, 16)[once].flatten()
     assert found_call is call and torch.equal(found.columns, columns) and found.rotation == Rotation(half)
     outputs = y.clone().requires_grad_()
-    made = outputs.view(6, 5, 16)[:, [3, 1, 1]]
+    made = outputs.view(6, 5, 16)[:, places]
     error = torch.randn_like(heads)
     (expected,) = torch.autograd.grad(rotated(made, half) if half else made, outputs, error)
     torch.testing.assert_close(found.pull(error, y, heads), expected, rtol=1e-4, atol=1e-5)
+    one = heads[:, ::2] if len(once) < len(places) else heads  # as attention that repeats them itself is given them
+    torch.testing.assert_close(found.pull(error, y, one), expected, rtol=1e-4, atol=1e-5)
     assert list(projections(torch.randn(6, 3, 16), [call], [], {"0": found_map})) == []
 
 

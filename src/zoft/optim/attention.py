@@ -124,8 +124,7 @@ class Pattern:
     def rows(self, x: Tensor) -> Tensor:
         """Those of `x` [B, H or G, S, d] at the rows read, [rows, H, d]; of the S positions, the R are the last."""
         places = self.read[:, 1] + x.shape[2] - self.query.shape[2]
-        rows = x.transpose(1, 2)[self.read[:, 0], places]
-        return rows.repeat_interleave(self.query.shape[1] // rows.shape[1], 1)
+        return x.transpose(1, 2)[self.read[:, 0], places]
 
     def _parts(self) -> Iterator[slice]:
         """Heads whose weights are held together."""

@@ -75,8 +75,8 @@ class Rotation:
 class Projection:
     """Heads ``rotation(norm(map(x)))``; `columns` int64 [H * d] says which of the norm's outputs they are, in order.
 
-    Without `norm`, which of the map's; several heads may be the same ones. The norm is of as many outputs at a time as
-    it has gains.
+    Without `norm`, which of the map's; several heads may be the same ones. Where all come several times in a row, as
+    keys do that heads share, H counts each once. The norm is of as many outputs at a time as it has gains.
     """
 
     map: LinearMap
@@ -85,7 +85,12 @@ class Projection:
     rotation: Rotation
 
     def pull(self, error: Tensor, outputs: Tensor, heads: Tensor) -> Tensor:
-        """The error at the map's `outputs` [n, d_out], float32, for that at the `heads` [n, H, d] that came of them."""
+        """The error at the map's `outputs` [n, d_out], float32, for that at the heads that came of them.
+
+        `error` and `heads` [n, multiple of H, d] may have each head of the H several times in a row.
+        """
+        count = len(self.columns) // heads.shape[2]
+        error, heads = error.unflatten(1, (count, -1)).sum(2), heads[:, :: heads.shape[1] // count]
         parts = outputs if self.norm is None else outputs.unflatten(1, (-1, len(self.norm.gain)))
         if self.rotation.half:
             normed = parts if self.norm is None else self.norm.module(parts).flatten(1)
@@ -117,10 +122,9 @@ def _norm_of(call: Call, size: int) -> Norm | None:
 
 def _taken(heads: Tensor, whole: Tensor) -> tuple[Tensor, Rotation] | None:
     """Which columns of `whole` [n, e] the `heads` [n, H, d] are, and how they were rotated."""
-    columns = _columns(heads.flatten(1), whole)
+    size, columns = heads.shape[2], _columns(heads.flatten(1), whole)
     if columns is not None:
-        return columns, Rotation(0)
-    size = heads.shape[2]
+        return _once(columns.view(-1, size)), Rotation(0)
     if whole.shape[1] % size:
         return None
     there = exact(heads).norm(dim=-1).amin(1) > 0  # padding may be embedded as zeros
@@ -133,7 +137,13 @@ def _taken(heads: Tensor, whole: Tensor) -> tuple[Tensor, Rotation] | None:
     if rotation is None:
         return None
     columns = places.unsqueeze(1) * size + torch.arange(size)
-    return columns.flatten().to(whole.device), rotation
+    return _once(columns.to(whole.device)), rotation
+
+
+def _once(columns: Tensor) -> Tensor:
+    """Those of heads, [H, d], joined; each head once, if all come as many times in a row."""
+    found, counts = columns.unique_consecutive(return_counts=True, dim=0)
+    return (found if bool((counts == counts[0]).all()) else columns).flatten()
 
 
 def _columns(part: Tensor, whole: Tensor) -> Tensor | None:
