@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zoft.optim import Guided, Loss
 from zoft.optim.probe import SideBranches
+from zoft.optim.update import Adam
 
 from .guidance import BUILDERS, NEGLECTED, closure_of, detached, detached_attention, error, gradient
 from .models import llama, token_batch
@@ -86,6 +87,7 @@ def test_steps_are_those_of_lora_by_autograd_and_torchs_adam() -> None:
     """From the same bases, one for all maps that read the same input, at twice the rate."""
     model, other, batch = llama(), llama(), token_batch()
     optimizer = Guided(model, rank=3, lr=0.02, attention=True, energy=1.0, train_bases=True)
+    optimizer.update = Adam(into="coefficients")  # torch's holds every square
     closure = closure_of(model, batch)
     optimizer.estimate(closure)
     shared = {id(basis): basis.clone().requires_grad_() for basis in optimizer.bases.values()}

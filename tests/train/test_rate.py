@@ -13,7 +13,7 @@ from zoft.train.rate import CHANGE, guided_rate
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_a_step_changes_outputs_by_so_much(architecture: str) -> None:
-    """Adam's first step moves every coefficient by lr; of the entries of an output that is at most lr |x A|."""
+    """Adam's first step moves coefficients by about lr; of the entries of an output that is at most lr |x A|."""
     model, batch = ARCHITECTURES[architecture][0](), token_batch()
 
     def closure(model: torch.nn.Module) -> Loss:
@@ -25,7 +25,8 @@ def test_a_step_changes_outputs_by_so_much(architecture: str) -> None:
     assert rate is not None
     optimizer = Guided(model, lr=rate)
     optimizer.step(partial(closure, model))
-    assert all(factor.abs().max() < 1.01 * rate for factor in optimizer.coefficients.values())
+    sizes = [float(factor.square().mean().sqrt()) for factor in optimizer.coefficients.values()]
+    assert 0.5 * rate < median(sizes) < 1.5 * rate
     changes = []
 
     def see(name: str, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

@@ -59,11 +59,16 @@ class SGD:
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam (Kingma and Ba 2015, arXiv 1412.6980) with bias correction, on the left factor."""
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980) with bias correction, on the left factor.
+
+    With `factored`, a matrix has the means of its squares by row and by column, whose product over the mean of all
+    stands for them, as in Adafactor (Shazeer and Stern 2018, arXiv 1804.04235, algorithm 1): half of the memory.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     into: Into = "weights"
+    factored: bool = False
     stateless = False
 
     def __post_init__(self) -> None:
@@ -74,15 +79,18 @@ class Adam:
         """The step for each of `estimates`; updates their `states` in place."""
         for estimate, state in zip(estimates, states, strict=True):
             if not state:
-                state["mean"], state["square"] = torch.zeros_like(estimate), torch.zeros_like(estimate)
+                state["mean"] = torch.zeros_like(estimate)
+                state.update((name, torch.zeros_like(part)) for name, part in self._held(estimate).items())
                 state["steps"] = torch.zeros((), dtype=torch.float32)  # on the CPU: reading it waits for no device
         first, second = self.betas
-        means, squares = ([state[name] for state in states] for name in ("mean", "square"))
+        means = [state["mean"] for state in states]
         steps = [int(state["steps"].add_(1)) for state in states]
         torch._foreach_lerp_(means, estimates, 1 - first)
-        torch._foreach_lerp_(squares, torch._foreach_mul(estimates, estimates), 1 - second)
+        held = [self._held(square) for square in torch._foreach_mul(estimates, estimates)]
+        for name in held[0]:
+            torch._foreach_lerp_([state[name] for state in states], [parts[name] for parts in held], 1 - second)
         moves = torch._foreach_div(means, [1 - first**step for step in steps])
-        sizes = torch._foreach_div(squares, [1 - second**step for step in steps])
+        sizes = torch._foreach_div([self._squares(state) for state in states], [1 - second**step for step in steps])
         torch._foreach_sqrt_(sizes)
         torch._foreach_add_(sizes, self.eps)
         torch._foreach_div_(moves, sizes)
@@ -92,7 +100,23 @@ class Adam:
         """Express `state` in a new basis P = `change` [r_old, r_new]; squares as if coordinates were independent."""
         if state:
             state["mean"] = state["mean"] @ change
-            state["square"] = state["square"] @ change.square()
+            state.update(self._held(self._squares(state) @ change.square()))
+
+    def _held(self, squares: Tensor) -> State:
+        """What is held of `squares`, by name."""
+        if not self.factored:
+            return {"square": squares}
+        if squares.dim() == 1:
+            return {"rows": squares, "columns": torch.ones_like(squares[:1])}
+        return {"rows": squares.mean(-1, keepdim=True), "columns": squares.mean(-2, keepdim=True)}
+
+    def _squares(self, state: State) -> Tensor:
+        """What `state` holds of them, as a whole."""
+        if not self.factored:
+            return state["square"]
+        rows, columns = state["rows"], state["columns"]
+        mean = columns.mean(-1, keepdim=True).clamp(min=torch.finfo(columns.dtype).tiny)
+        return rows * (columns / mean)  # in this order: the product of two small squares may be too small a number
 
     def __str__(self) -> str:
         return f"Adam, into {self.into}"

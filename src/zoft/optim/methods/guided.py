@@ -75,7 +75,7 @@ class Guided(ZeroOrder):
             lr=lr,
             subspace=Activation(rank, power_steps, renew_every, read_only=not attention, whiten=train_bases),
             estimator=GuidedEstimator(feed_forward, attention, two_pass, attention_after, train_bases, energy),
-            update=Adam(into=into),
+            update=Adam(into=into, factored=True),
             exclude=exclude,
             **options,
         )
