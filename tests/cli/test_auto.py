@@ -54,7 +54,8 @@ def test_a_residual_stream_is_guided(train: Callable[..., Outcome], tmp_path: Pa
     assert (config.method, config.schedule, config.eps) == ("guided", "linear", None)
     assert "method guided, lr" in outcome.out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["forwards"], summary["forwards_before"]) == (4, 0)
+    assert (summary["forwards"], summary["forwards_before"]) == (8, 0)  # through attention
+    assert config.method_options["attention"] and config.method_options["train_bases"]
 
 
 def test_what_is_measured_is_as_long_as_what_is_learned(
@@ -78,8 +79,9 @@ def test_guided_has_its_rate_from_the_model(
     """The same for auto and for its name; larger where a step of the same size is less: of fewer coefficients, or
     in layers that give more."""
     assert train().code == 0
-    assert train("--method", "guided", "--lr", "auto", out=tmp_path / "named").code == 0
-    assert train("--method", "guided", "--lr", "auto", "-o", "rank=1", out=tmp_path / "narrow").code == 0
+    by_name = ("--method", "guided", "--lr", "auto", "-o", "attention=true", "-o", "train_bases=true")
+    assert train(*by_name, out=tmp_path / "named").code == 0
+    assert train(*by_name, "-o", "rank=1", out=tmp_path / "narrow").code == 0
     assert train("--lr", "2e-3", out=tmp_path / "given").code == 0
     louder = make_model()
     for name, weight in louder.named_parameters():

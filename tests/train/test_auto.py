@@ -1,4 +1,4 @@
-"""What is settled where texts are learned, and blocks may give something else when they run again."""
+"""What is settled where the whole way back is worth its time, and blocks may give something else in a second run."""
 
 from collections.abc import Callable
 from itertools import count
@@ -27,13 +27,13 @@ def unrepeatable() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "texts", "through"), [(llama, True, True), (llama, False, False), (unrepeatable, True, False)]
+    ("make", "whole", "through"), [(llama, True, True), (llama, False, False), (unrepeatable, True, False)]
 )
-def test_texts_are_learned_through_attention_where_blocks_can_run_again(
-    make: Callable[[], torch.nn.Module], texts: bool, through: bool
+def test_the_whole_way_is_gone_where_blocks_can_run_again(
+    make: Callable[[], torch.nn.Module], whole: bool, through: bool
 ) -> None:
     model = make()
-    config, _ = settle(TrainConfig("tiny"), model, lambda: [closure_of(model)], texts)
+    config, _ = settle(TrainConfig("tiny"), model, lambda: [closure_of(model)], whole)
     assert (config.method, config.method_options["attention"]) == ("guided", through)
     assert config.method_options["train_bases"] is through
     assert isinstance(config.lr, float)

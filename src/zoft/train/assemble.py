@@ -41,7 +41,7 @@ LEFT = (  # by a run in its folder, after config.yaml
     *("model", "adapter", INITIAL, "checkpoint-*"),
     *("initial.json", "summary.json", "examples.json", "metrics.jsonl", LOG, "report.html"),
 )
-TEXTS = 0.5  # share of the tokens learned from which going through attention is worth its time (docs/results.md)
+ANSWERS = 0.5  # share of the tokens learned from which going through attention is worth its time (docs/guided.md)
 
 
 @dataclass
@@ -108,8 +108,9 @@ def assemble(config: TrainConfig, console: Console, resume: bool, first: bool) -
         some = rows["train"][: BATCHES * config.batch_size]
         return task_closures(model, task_batches(model, tokenizer, task, some, config.batch_size, config.max_length))
 
-    texts = config.objective == LOSS and task.kind in ("generation", "text") and data["train"].learned >= TEXTS
-    config, measured = settle(config, model, look, texts, adapter)
+    labels = task.kind in ("classification", "choice")
+    whole = config.objective == LOSS and (labels or data["train"].learned >= ANSWERS)
+    config, measured = settle(config, model, look, whole, adapter)
     if measured is not None and measured.lr is None:
         console.print("the loss does not curve upwards here, so lr cannot be measured: the method's own is taken")
     model, optimizer = build(config, model, adapter)

@@ -31,13 +31,13 @@ def settle(
     config: TrainConfig,
     model: Any,
     look: Callable[[], Sequence[Closure]],
-    texts: bool = False,
+    whole: bool = False,
     adapter: Factors | None = None,
 ) -> tuple[TrainConfig, Diagnosis | None]:
     """`config` without ``auto``, and the measurement behind its lr or eps, if they had to be measured.
 
-    The method becomes `guided` if `model` has a residual stream to go back along (if `texts` are learned, most of
-    whose tokens the loss reads, through attention as well, and its bases are trained, but for those of an `adapter` to
+    The method becomes `guided` if `model` has a residual stream to go back along (if it is to be the `whole` way,
+    through attention as well, where blocks can run again, and its bases are trained, but for those of an `adapter` to
     go on from), else `zo-act`, which takes any weights, and experts that the adapter adds to. lr and eps are measured
     unless they are given, where training begins. `look` gives the losses of some batches, if they are needed; `model`
     stays as it is. Where the loss does not curve upwards there is no lr to measure for probes, and the method's own is
@@ -54,17 +54,17 @@ def settle(
     if batching:
         config = replace(config, method_options=config.method_options | {BATCHING: False})
         faster = _together_is_faster(config, model, closures[0], wanted=batching != AUTO)
-        config, found = settle(config, model, lambda: closures, texts, adapter)
+        config, found = settle(config, model, lambda: closures, whole, adapter)
         return replace(config, method_options=config.method_options | {BATCHING: faster}), found
     unset: dict[str, Any] = {name: AUTO for name in ("lr", "eps") if getattr(config, name) is None}
     experts = {name for name, _ in find_experts(model)}
     if config.method == AUTO and not experts & (adapter or {}).keys():
-        whole = {"attention": True, "train_bases": not adapter} if texts else {}
-        guided = replace(config, method="guided", method_options=whole | config.method_options)
+        options = {"attention": True, "train_bases": not adapter} if whole else {}
+        guided = replace(config, method="guided", method_options=options | config.method_options)
         try:
             lr = _guided_lr(replace(guided, **unset), model, closures[0], adapter)
             return replace(guided, lr=lr, eps=None if config.eps == AUTO else config.eps), None
-        except NotRepeatable:  # through attention
+        except NotRepeatable:
             return settle(config, model, lambda: closures, adapter=adapter)
         except (NoLinearLayers, NoStream):
             pass  # probes need neither
