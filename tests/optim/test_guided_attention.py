@@ -63,6 +63,21 @@ def test_through_attention_the_error_goes_to_tokens_whose_logits_the_loss_does_n
     assert {name: e for name in found if (e := error(found[name], expected[name])) > 1e-3} == {}
 
 
+def test_where_attention_cannot_be_gone_through_no_block_runs_again() -> None:
+    """Once all of them did, to no end: models without attention, or with another implementation of it."""
+    model = llama()
+    model.set_attn_implementation("eager")
+    closure, optimizer, plain = closure_of(model, token_batch()), Guided(model, attention=True), Guided(model)
+    estimated(optimizer, closure)
+    estimated(plain, closure)
+    plain.set_bases({name: optimizer.bases[name] for name in plain.bases})
+    found, expected = estimated(optimizer, closure), estimated(plain, closure)
+    assert found.keys() == expected.keys()
+    for name, product in found.items():
+        torch.testing.assert_close(product, expected[name])
+    assert optimizer.counters.forwards == 2, "one an estimate"
+
+
 def test_attention_weights_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     closure, optimizer = closure_of(model, token_batch()), Guided(model, rank=8, attention=True)

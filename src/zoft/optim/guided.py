@@ -56,11 +56,12 @@ class Guided:
 
     `feed_forward` carries the error through the feed-forward parts, exactly, and gives their inner matrices factors
     too; `attention` does so for attention and the matrices that make its queries, keys and values (where torch's
-    ``scaled_dot_product_attention`` computes it), for which every block runs a second time, so that it counts as two
-    forwards; with `attention_after`, in the first step, which shows whether blocks can, and then only after so many
-    steps. What all blocks were called with is held meanwhile: if that is more than a 64th of the weights' memory, a
-    `Divisible` closure's batch goes through in parts, if it is long enough that each holds about as much as the pass of
-    one block does of the whole batch (due bases, those of the whole batch, then take one pass more).
+    ``scaled_dot_product_attention`` computes it; else it changes nothing), for which every block runs a second time,
+    so that it counts as two forwards; with `attention_after`, in the first step, which shows whether blocks can, and
+    then only after so many steps. What all blocks were called with is held meanwhile: if that is more than a 64th of
+    the weights' memory, a `Divisible` closure's batch goes through in parts, if it is long enough that each holds about
+    as much as the pass of one block does of the whole batch (due bases, those of the whole batch, then take one pass
+    more).
 
     Where few positions are read, most of the error that reaches a block through attention is at few tokens, too. Only
     the fewest that hold `energy` of its squared norm go through what treats each token alone: the feed-forward part and
@@ -106,7 +107,6 @@ class Guided:
 
     def __call__(self, landscape: Landscape, estimate: Estimate) -> tuple[float, list[float]]:
         ranks, step = landscape.ranks, int(landscape.key[1])
-        through_attention = self.attention and (step == 0 or step >= self.attention_after)
         if self._stream is None:
             found = find_stream(landscape.model, landscape.look)
             if ranks.any(found is None):
@@ -123,6 +123,7 @@ class Guided:
                 "none of the layers to be trained, such as "
                 f"{next(iter(landscape.branches.named))!r}, is among those that the estimate reaches"
             )
+        through_attention = self.attention and stream.attends and (step == 0 or step >= self.attention_after)
         if through_attention and ranks.count == 1 and isinstance(closure, Divisible):
             return self._in_parts(landscape, closure, estimate, stream)
         return self._carried(landscape, estimate, stream, through_attention)

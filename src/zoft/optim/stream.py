@@ -52,6 +52,11 @@ class Stream:
         """Of all blocks."""
         return [writer for block in self.blocks for writer in block.writers]
 
+    @property
+    def attends(self) -> bool:
+        """Whether there is attention of which it is known how it comes by its values."""
+        return any(writer.attention is not None for writer in self.writers)
+
     def reached(self, feed_forward: bool, attention: bool) -> set[str]:
         """The names of the writers, and with `feed_forward` and `attention` of other maps in the parts they end.
 

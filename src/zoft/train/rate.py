@@ -1,11 +1,11 @@
 """A learning rate for guided, from what a step of Adam does to a layer.
 
 Adam's first step moves every coefficient of ``C`` [d_out, r] by about lr, so that each entry of a layer's output y
-moves by up to lr times ``sum |x A|``. How large that is beside y differs between models: at the same lr it is some five times
-as much in Gemma-3-270m as in SmolLM2-135M, and so are the rates with which they begin to diverge. The rate is
-therefore asked for as a relative change, that of the median layer, with one digit: a factor of three either way
-hardly matters. It does where bases are trained too and few tokens are read (labels), which leaves the estimates more
-noise: half of the change is asked for there.
+moves by up to lr times ``sum |x A|``. How large that is beside y differs between models: at the same lr it is some five
+times as much in Gemma-3-270m as in SmolLM2-135M, and so are the rates with which they begin to diverge. The rate is
+therefore asked for as a relative change, that of the median layer, with one digit: a factor of three either way hardly
+matters. It does where bases are trained too and few tokens are read (labels), which leaves the estimates more noise:
+half of the change is asked for there.
 """
 
 from __future__ import annotations
