@@ -49,7 +49,7 @@ def test_training_for_a_reward(
     assert "rewards.py:share" in page and "✗ wrong" not in page
 
 
-@pytest.mark.parametrize("method, lr, forwards", [("guided -o attention=true", "0.1", 40), ("fo-adamw", "0.01", 60)])
+@pytest.mark.parametrize("method, lr, forwards", [("guided -o attention=true", "0.05", 40), ("fo-adamw", "0.01", 60)])
 def test_answers_drawn_lead_to_the_reward(
     method: str,
     lr: str,
