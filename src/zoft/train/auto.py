@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from zoft.errors import UserError
-from zoft.optim import EstimateWarning, NoLinearLayers, NoStream, NotRepeatable
+from zoft.optim import EstimateWarning, Guided, NoLinearLayers, NoStream, NotRepeatable
 from zoft.optim.experts import find_experts
 from zoft.optim.landscape import Closure
 from zoft.train.adapter import Factors, start_from
 from zoft.train.config import LOSS, TrainConfig
 from zoft.train.diagnosis import Diagnosis, diagnose
-from zoft.train.optimizers import AUTO, METHODS, loadable, zero_order_of
+from zoft.train.optimizers import AUTO, loadable, zero_order_of
 from zoft.train.rate import guided_rate
 
 BATCHES = 8  # looked at, at most
@@ -101,7 +101,7 @@ def _guided_lr(config: TrainConfig, model: Any, closure: Closure, adapter: Facto
     Raises:
         NoLinearLayers, NoStream, NotRepeatable: guided cannot train the model.
     """
-    optimizer = METHODS["guided"](model, **loadable("guided", model, config.method_options))
+    optimizer = Guided(model, **loadable("guided", model, config.method_options))
     if adapter:
         start_from(optimizer, adapter)
     try:
