@@ -41,7 +41,8 @@ def test_the_models_own_loss_gives_what_the_slope_in_closed_form_does(name: str,
     for make in (closure_of, own_loss):
         optimizer = Guided(model := BUILDERS[name](), attention=attention)
         found.append(estimated(optimizer, make(model, token_batch())))
-        assert optimizer.counters.forwards == 1 + attention
+        runs_again = attention and name != "openai-gpt"  # whose attention is not torch's
+        assert optimizer.counters.forwards == 1 + runs_again
     assert found[0] and same(*found)
 
 
