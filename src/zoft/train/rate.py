@@ -53,6 +53,6 @@ def guided_rate(optimizer: Guided, closure: Closure) -> float | None:
                 handles.callback(module.register_forward_hook(see(layer.name), with_kwargs=True).remove)
         closure()
     finite = [change for change in changes if math.isfinite(change) and change > 0]
-    further = optimizer.estimator.attention or optimizer.trains_bases
-    wanted = CHANGE / 2 if further and tokens.count < everywhere.count / 2 else CHANGE
+    way = optimizer.estimator
+    wanted = CHANGE / 2 if (way.attention or way.train_bases) and tokens.count < everywhere.count / 2 else CHANGE
     return float(f"{wanted / median(finite):.0e}") if finite else None
